@@ -1,0 +1,287 @@
+"""Build the embedded base `tiny` from nothing: tokenizer, weights, processor files.
+
+When: once; the result is committed under `src/vlmdet/models/tiny_base/`. On 2 CPU cores:
+
+    python scripts/build_tiny_base.py --steps 6000 --out src/vlmdet/models/tiny_base --log experiments/tiny_base.jsonl
+
+Every step sees new pictures (`vlmdet.data.synthetic.shapes`), so the loss and IoU of the training batches are those of
+unseen data. Three losses are added up, the last two through heads that are thrown away afterwards, because they break
+the plateau at which the coordinates of an answer otherwise stay for thousands of steps:
+1. the answer's tokens; a number's target is a narrow bell over its neighbours, not one class in a thousand;
+2. on every image token as it leaves the vision tower: shape, colour and box of the object that covers it;
+3. on every image token half-way through the language model: the four numbers of that object's box.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+import trl
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from vlmdet.data.synthetic.shapes import COLORS, SHAPES, Scene, draw_scene
+from vlmdet.grounding.prompts import NONE_ANSWER, SYSTEM_PROMPT, build_user_prompt
+from vlmdet.models.tiny import TINY_MAX_PIXELS, build_model, build_processor, build_tokenizer, number_ids
+
+SIZES = ((196, 196), (224, 168), (168, 224), (196, 168), (168, 196))
+"""Width and height in model pixels; one of them per batch, all within the base's pixel limits."""
+
+OTHER_SYSTEM_PROMPTS = ("You are a helpful assistant.", "You detect objects.", "Find what the user asks for.")
+EXTRA_CORPUS = """nutrition table facts label package photo image picture white blood cell red platelets person car dog cat
+animal vehicle fruit bottle box boxes detect find locate where which what is are of the and in on there [{"bbox_2d": [1,
+2, 3, 4], "label": "x"}] <ref></ref><box></box> object objects region value small large left right top bottom""".split()
+
+
+def answer_text(boxes: np.ndarray, label: str) -> str:
+    """Write boxes (n, 4) xyxy fractions in Qwen2-VL's form, top to bottom."""
+    parts = []
+    grid = np.minimum(np.round(boxes * 1000), 999).astype(int)  # 1000 would be two tokens of the tiny vocabulary
+    for x1, y1, x2, y2 in grid[np.lexsort((grid[:, 0], grid[:, 1]))]:
+        parts.append(
+            f"<|object_ref_start|>{label}<|object_ref_end|><|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
+        )
+    return "".join(parts) or NONE_ANSWER
+
+
+class Questions(IterableDataset):
+    """An endless stream of batches of pictures, questions and answers; `progress` in [0, 1] makes them harder."""
+
+    def __init__(self, processor: Any, *, batch: int, steps: int, ramp: int, seed: int) -> None:
+        self.processor, self.batch, self.steps, self.ramp, self.seed = processor, batch, steps, ramp, seed
+
+    def __iter__(self) -> Any:
+        rng = np.random.default_rng(self.seed)
+        for step in range(self.steps):
+            yield self.make(rng, min(step / self.ramp, 1.0))
+
+    def make(self, rng: np.random.Generator, hard: float) -> dict[str, torch.Tensor]:
+        width, height = SIZES[rng.integers(len(SIZES))]
+        scale = float(rng.uniform(1.0, 1.5))
+        rows = []
+        for _ in range(self.batch):
+            easy = rng.random() > hard
+            scene = draw_scene(
+                rng,
+                round(width * scale),
+                round(height * scale),
+                objects=1 if easy else int(rng.integers(1, 7)),
+                smallest=0.35 if easy else 0.13,
+                largest=0.75,
+            )
+            rows.append((scene, *self.ask(rng, scene, hard)))
+        return self.collate(rows, width, height)
+
+    def ask(self, rng: np.random.Generator, scene: Scene, hard: float) -> tuple[str, str, str]:
+        """Choose a question about a scene; returns system prompt, user prompt, answer."""
+        names = scene.names()
+        present = sorted(set().union(*names))
+        count = {name: sum(name in own for own in names) for name in present}
+        choices = [name for name in present if count[name] <= 3]
+        label = str(rng.choice(choices)) if choices else present[0]
+        if rng.random() < 0.1 * hard:
+            missing = sorted({*SHAPES, *(f"{c} {s}" for c in COLORS for s in SHAPES[:14])} - set(present))
+            label = str(rng.choice(missing))
+        boxes = scene.boxes[[label in own for own in names]]
+        system = SYSTEM_PROMPT if rng.random() < 0.9 else str(rng.choice(OTHER_SYSTEM_PROMPTS))
+        return system, build_user_prompt([label]), answer_text(boxes, label)
+
+    def collate(self, rows: list[tuple[Scene, str, str, str]], width: int, height: int) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        images = [scene.image.resize((width, height), resample=2) for scene, *_ in rows]
+        vision = self.processor.image_processor(images=images, return_tensors="pt")
+        columns, lines = width // 28, height // 28
+        pads = "<|image_pad|>" * (columns * lines)
+        ids, labels = [], []
+        for _, system, user, answer in rows:
+            prompt = (
+                f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{user}"
+                "<|im_end|>\n<|im_start|>assistant\n"
+            )
+            head, tail = tokenizer(prompt)["input_ids"], tokenizer(answer + "<|im_end|>")["input_ids"]
+            ids.append(torch.tensor(head + tail))
+            labels.append(torch.tensor([-100] * len(head) + tail))
+        pad = nn.utils.rnn.pad_sequence
+        input_ids = pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+        cells = [cell_targets(scene, columns, lines) for scene, *_ in rows]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (input_ids != tokenizer.pad_token_id).long(),
+            "mm_token_type_ids": (input_ids == self.processor.image_token_id).int(),
+            "labels": pad(labels, batch_first=True, padding_value=-100),
+            "pixel_values": vision["pixel_values"],
+            "image_grid_thw": vision["image_grid_thw"],
+            "cell_kind": torch.cat([kind for kind, _ in cells]),
+            "cell_box": torch.cat([box for _, box in cells]),
+        }
+
+
+def cell_targets(scene: Scene, columns: int, lines: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Name what lies under each image token.
+
+    Output: kinds (columns * lines, 2) int64, shape and colour index, 0 for none; boxes (columns * lines, 6) float32,
+    the covering object's xyxy fractions and the token's own centre.
+    """
+    y, x = np.divmod(np.arange(columns * lines), columns)
+    center = np.stack([(x + 0.5) / columns, (y + 0.5) / lines], axis=1)
+    kind = np.zeros((len(center), 2), np.int64)
+    box = np.concatenate([np.zeros((len(center), 4)), center], axis=1)
+    colors = list(COLORS)
+    for (x1, y1, x2, y2), shape, color in zip(scene.boxes, scene.shapes, scene.colors):
+        middle = np.array([(x1 + x2) / 2, (y1 + y2) / 2])
+        inside = (center > [x1, y1]).all(1) & (center < [x2, y2]).all(1)
+        inside |= (np.abs(center - middle) <= [0.5 / columns, 0.5 / lines]).all(1)
+        kind[inside] = SHAPES.index(shape) + 1, colors.index(color) + 1 if color else 0
+        box[inside, :4] = x1, y1, x2, y2
+    return torch.from_numpy(kind), torch.from_numpy(box).float()
+
+
+class Helpers(nn.Module):
+    """The heads of losses 2 and 3; they are not saved."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.kind = nn.Linear(width, len(SHAPES) + 1 + len(COLORS) + 1)
+        self.offset = nn.Linear(width, 4)
+        self.norm = nn.RMSNorm(width)
+        self.numbers = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+
+
+def soft_numbers(logits: torch.Tensor, value: torch.Tensor, spread: float = 4.0) -> torch.Tensor:
+    """Cross entropy of logits (n, 1000) against a bell of `spread` around each value (n,); returns the mean."""
+    scale = torch.arange(1000, dtype=torch.float32)
+    target = torch.softmax(-((scale[None] - value[:, None]) ** 2) / (2 * spread**2), dim=1)
+    return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def losses(
+    model: Any, helpers: Helpers, batch: dict[str, torch.Tensor], numbers: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Run one batch; returns the losses to add up, and figures to print."""
+    vision = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
+    outputs = model.model(**inputs, mm_encoder_outputs={"image": vision}, output_hidden_states=True, use_cache=False)
+    seen = torch.cat(vision.pooler_output)
+    kind, box = batch["cell_kind"], batch["cell_box"]
+    covered = kind[:, 0] > 0
+    guess = helpers.kind(seen)
+    split = len(SHAPES) + 1
+    truth = box[covered, :4] - box[covered][:, [4, 5, 4, 5]]
+    result = {
+        "shape": F.cross_entropy(guess[:, :split], kind[:, 0]),
+        "color": F.cross_entropy(guess[:, split:], kind[:, 1]),
+        "offset": F.l1_loss(helpers.offset(seen[covered]), truth) * 10,
+    }
+    table = model.get_input_embeddings().weight[numbers]
+    middle = helpers.norm(outputs.hidden_states[2][batch["input_ids"] == model.config.image_token_id][covered])
+    result["middle"] = sum(
+        soft_numbers(head(middle) @ table.T, (box[covered, j] * 1000).round().clamp(max=999)) for j, head in enumerate(helpers.numbers)
+    ) / 4  # fmt: skip
+
+    target = batch["labels"][:, 1:]
+    kept = target != -100
+    logits = model.lm_head(outputs.last_hidden_state[:, :-1][kept])
+    target = target[kept]
+    value = torch.full((model.config.text_config.vocab_size,), -1.0)
+    value[numbers] = torch.arange(1000, dtype=torch.float32)
+    is_number = value[target] >= 0
+    result["text"] = F.cross_entropy(logits[~is_number], target[~is_number])
+    inside = logits[is_number]
+    in_numbers = inside[:, numbers]
+    reach = (inside.logsumexp(1) - in_numbers.logsumexp(1)).mean()  # the share of probability given to other tokens
+    result["number"] = soft_numbers(in_numbers, value[target[is_number]]) + reach
+
+    with torch.no_grad():
+        read = in_numbers.argmax(dim=1).float()
+        found, wanted = read[: len(read) // 4 * 4].view(-1, 4), value[target[is_number]][: len(read) // 4 * 4].view(-1, 4)
+        low, high = torch.maximum(found[:, :2], wanted[:, :2]), torch.minimum(found[:, 2:], wanted[:, 2:])
+        both = (high - low).clamp(min=0).prod(1)
+        area = (found[:, 2:] - found[:, :2]).clamp(min=0).prod(1) + (wanted[:, 2:] - wanted[:, :2]).prod(1)
+        iou = (both / (area - both).clamp(min=1)).mean()
+        figures = {"iou": float(iou), "shape_right": float((guess[covered, :split].argmax(1) == kind[covered, 0]).float().mean())}
+    return result, figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ramp", type=int, default=800, help="step from which every picture is a hard one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--log", type=Path, required=True)
+    args = parser.parse_args()
+
+    names = [*SHAPES, *(f"{color} {shape}" for color in COLORS for shape in SHAPES[:14])]
+    corpus = [SYSTEM_PROMPT, *OTHER_SYSTEM_PROMPTS, *EXTRA_CORPUS, *(f" {word}" for word in EXTRA_CORPUS)] * 20
+    corpus += [build_user_prompt([name]) + answer_text(np.array([[0.1, 0.2, 0.3, 0.4]] * 2), name) for name in names]
+    corpus += [build_user_prompt(names[i : i + 3]) for i in range(0, len(names), 3)]
+    corpus = [piece for line in corpus for piece in line.replace("<|", "|>").split("|>") if not piece.endswith(("start", "end"))]
+    corpus += ["system\n", "user\n", "assistant\n"] * 50
+    tokenizer = build_tokenizer(corpus)
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5_vl.jinja").read_text(encoding="utf-8")
+    processor = build_processor(tokenizer, template)
+    model = build_model(tokenizer, seed=args.seed)
+    numbers, _ = number_ids(tokenizer)
+    helpers = Helpers(model.config.text_config.hidden_size)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces, {TINY_MAX_PIXELS} pixels")
+
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in [*model.parameters(), *helpers.parameters()]:
+        groups[parameter.ndim >= 2].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": 0.05}, {"params": groups[False], "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / 100, 1.0) * min(1.0, max(1.0 - s / args.steps, 0.01) / 0.6)
+    )
+    stream = Questions(processor, batch=args.batch, steps=args.steps, ramp=args.ramp, seed=args.seed)
+    loader = DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4, multiprocessing_context="spawn")
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    started, sums, count = time.time(), {}, 0
+    with args.log.open("w", encoding="utf-8") as log:
+        for step, batch in enumerate(loader, start=1):
+            model.train()
+            terms, figures = losses(model, helpers, batch, numbers)
+            loss = terms["text"] + terms["number"] + 0.5 * (terms["shape"] + terms["color"] + terms["offset"] + terms["middle"])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_([*groups[True], *groups[False]], 1.0)
+            optimizer.step()
+            schedule.step()
+            for key, number in {**{k: float(v.detach()) for k, v in terms.items()}, **figures}.items():
+                sums[key] = sums.get(key, 0.0) + number
+            count += 1
+            if step % 25 == 0 or step == args.steps:
+                row = {"step": step, "seconds": round(time.time() - started), **{k: round(v / count, 4) for k, v in sums.items()}}
+                print(json.dumps(row), flush=True)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                sums, count = {}, 0
+            if step % 500 == 0 or step == args.steps:
+                save(model, processor, args.out)
+
+
+def save(model: Any, processor: Any, out: Path) -> None:
+    """Write model (bfloat16), processor and generation settings to a folder."""
+    import copy
+
+    out.mkdir(parents=True, exist_ok=True)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    half.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    half.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()

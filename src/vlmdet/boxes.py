@@ -1,0 +1,165 @@
+"""Boxes and the ways in which files write them.
+
+When: ALWAYS; numpy only. A `Boxes` holds x1, y1, x2, y2 as fractions of the upright picture, and nothing else crosses a
+module border. What a file or a model family writes is a `BoxFormat`, order and unit:
+
+    xyxy   x1 y1 x2 y2           pixel      0 to width or height
+    yxyx   y1 x1 y2 x2           fraction   0 to 1
+    xywh   x1 y1 width height    per_mille  0 to 1000
+    cxcywh centre x, centre y, width, height
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from vlmdet.errors import ConfigError, DataError, did_you_mean
+
+Order = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
+Unit = Literal["pixel", "fraction", "per_mille"]
+
+
+@dataclass(frozen=True)
+class BoxFormat:
+    """Order and unit of four numbers, written `yxyx/fraction`."""
+
+    order: Order
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str) -> BoxFormat:
+        """Read `"yxyx/fraction"`.
+
+        Raises:
+            ConfigError: order or unit is unknown.
+        """
+        order, _, unit = text.partition("/")
+        if order not in get_args(Order):
+            raise ConfigError(f"unknown box order '{order}' in '{text}'", did_you_mean(order, get_args(Order)))
+        if unit not in get_args(Unit):
+            raise ConfigError(f"unknown box unit '{unit}' in '{text}'", did_you_mean(unit, get_args(Unit)))
+        return cls(order, unit)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.order}/{self.unit}"
+
+
+def _scale(unit: Unit, width: int, height: int) -> np.ndarray:
+    return {
+        "pixel": np.array([width, height, width, height], dtype=np.float64),
+        "fraction": np.ones(4),
+        "per_mille": np.full(4, 1000.0),
+    }[unit]
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """Boxes of one picture.
+
+    Attributes:
+        xyxy: (n, 4) float64, x1, y1, x2, y2 as fractions of the upright picture; may lie outside 0..1 until clipped.
+    """
+
+    xyxy: np.ndarray
+
+    @classmethod
+    def from_array(cls, values: Any, box_format: BoxFormat, width: int, height: int) -> Boxes:
+        """Read boxes as a file or a model wrote them; the only way in.
+
+        Input: `values` (n, 4), numbers in `box_format`; `width` and `height` of the upright picture in pixels.
+        Output: `Boxes` of n rows in the same order, neither clipped nor sorted.
+
+        Raises:
+            DataError: not n rows of four finite numbers, or a side of the picture is not positive.
+        """
+        if width <= 0 or height <= 0:
+            raise DataError(f"the picture is {width} x {height} pixels", "both sides must be positive")
+        try:
+            array = np.asarray(values, dtype=np.float64).reshape(-1, 4) if len(values) else np.zeros((0, 4))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"boxes must be rows of four numbers: {str(values)[:80]}") from error
+        if not np.isfinite(array).all():
+            raise DataError(f"boxes must be finite numbers: {str(values)[:80]}")
+        if box_format.order == "yxyx":
+            array = array[:, [1, 0, 3, 2]]
+        elif box_format.order == "xywh":
+            array = np.concatenate([array[:, :2], array[:, :2] + array[:, 2:]], axis=1)
+        elif box_format.order == "cxcywh":
+            array = np.concatenate([array[:, :2] - array[:, 2:] / 2, array[:, :2] + array[:, 2:] / 2], axis=1)
+        return cls(array / _scale(box_format.unit, width, height))
+
+    @classmethod
+    def empty(cls) -> Boxes:
+        """Return no boxes."""
+        return cls(np.zeros((0, 4)))
+
+    def to_array(self, box_format: BoxFormat, width: int, height: int) -> np.ndarray:
+        """Write the boxes in a format: (n, 4) float64, not rounded."""
+        array = self.xyxy * _scale(box_format.unit, width, height)
+        if box_format.order == "yxyx":
+            return array[:, [1, 0, 3, 2]]
+        if box_format.order == "xywh":
+            return np.concatenate([array[:, :2], array[:, 2:] - array[:, :2]], axis=1)
+        if box_format.order == "cxcywh":
+            return np.concatenate([(array[:, :2] + array[:, 2:]) / 2, array[:, 2:] - array[:, :2]], axis=1)
+        return array
+
+    def clip(self) -> Boxes:
+        """Cut the boxes to the picture."""
+        return Boxes(self.xyxy.clip(0.0, 1.0))
+
+    def area(self) -> np.ndarray:
+        """Return areas (n,) as fractions of the picture; 0 where a side is not positive."""
+        return (self.xyxy[:, 2:] - self.xyxy[:, :2]).clip(min=0).prod(axis=1)
+
+    def iou(self, other: Boxes) -> np.ndarray:
+        """Return intersection over union with every other box: (n, m) float64; 0 where both are empty."""
+        low = np.maximum(self.xyxy[:, None, :2], other.xyxy[None, :, :2])
+        high = np.minimum(self.xyxy[:, None, 2:], other.xyxy[None, :, 2:])
+        both = (high - low).clip(min=0).prod(axis=2)
+        union = self.area()[:, None] + other.area()[None, :] - both
+        return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+
+    def raster_order(self) -> np.ndarray:
+        """Return row numbers (n,) from top to bottom, then left to right, by the upper left corner."""
+        return np.lexsort((self.xyxy[:, 0], self.xyxy[:, 1]))
+
+    def turned(self, orientation: int) -> Boxes:
+        """Move boxes of a stored picture onto the same picture made upright.
+
+        Input: `orientation`, the EXIF tag 274, 1 to 8 (EXIF 2.32, 4.6.4.A): what a viewer must undo.
+        Output: boxes as fractions of the upright picture.
+        """
+        x1, y1, x2, y2 = self.xyxy.T
+        turned = {
+            1: (x1, y1, x2, y2),
+            2: (1 - x2, y1, 1 - x1, y2),
+            3: (1 - x2, 1 - y2, 1 - x1, 1 - y1),
+            4: (x1, 1 - y2, x2, 1 - y1),
+            5: (y1, x1, y2, x2),
+            6: (1 - y2, x1, 1 - y1, x2),
+            7: (1 - y2, 1 - x2, 1 - y1, 1 - x1),
+            8: (y1, 1 - x2, y2, 1 - x1),
+        }.get(orientation, (x1, y1, x2, y2))
+        return Boxes(np.stack(turned, axis=1))
+
+    def __len__(self) -> int:
+        return len(self.xyxy)
+
+    def __getitem__(self, rows: Any) -> Boxes:
+        return Boxes(self.xyxy[rows].reshape(-1, 4))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self.xyxy)
+
+    def tolist(self) -> list[list[float]]:
+        """Return [[x1, y1, x2, y2], …] as plain floats, for JSON and Arrow."""
+        return [[float(value) for value in row] for row in self.xyxy]
+
+
+FRACTIONS = BoxFormat("xyxy", "fraction")
+"""How boxes are stored in our own files."""

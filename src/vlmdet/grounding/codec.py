@@ -1,0 +1,88 @@
+"""What every codec takes and gives: `View`, `Parsed`, and the escaping of labels.
+
+When: ALWAYS; no torch. A codec is the only place that knows how a model family writes boxes. It is a module with two
+functions, `encode(labels, boxes, view) -> str` and `parse(text, view) -> Parsed`, and a `VERSION`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from vlmdet.boxes import Boxes
+from vlmdet.grounding.prompts import NONE_ANSWER
+
+
+@dataclass(frozen=True)
+class View:
+    """Sizes of one picture: upright and original, and as the model sees it; all in pixels."""
+
+    width: int
+    height: int
+    resized_width: int
+    resized_height: int
+
+
+class ParseProblem(NamedTuple):
+    """What a parser repaired or lost: `kind` is one word, `detail` quotes the text."""
+
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What an answer says.
+
+    Attributes:
+        boxes: n boxes on the upright picture.
+        labels: n names; None where the text gives a box without one.
+        problems: each repair or loss.
+        status: `ok` with at least one box, `none` for the explicit answer that there is nothing, else `parse_failure`.
+    """
+
+    boxes: Boxes
+    labels: list[str | None]
+    problems: list[ParseProblem]
+    status: Literal["ok", "none", "parse_failure"]
+
+
+class Codec(Protocol):
+    """The two functions and the version of one family's way to write boxes."""
+
+    NAME: str
+    VERSION: str
+
+    def encode(self, labels: Sequence[str], boxes: Boxes, view: View) -> str: ...
+
+    def parse(self, text: str, view: View) -> Parsed: ...
+
+
+_CONTROL = re.compile(r"<\|[a-z0-9_]{1,40}\|>|<\|[a-z0-9_]{0,40}$")
+_NONE = re.compile(rf"\W*{NONE_ANSWER}\W*", re.IGNORECASE)
+
+
+def escape_label(label: str) -> str:
+    r"""Make a label safe to stand in a prompt or an answer: `a<|im_end|>b` becomes `a<\|im_end|>b`.
+
+    No tokenizer can read a control token in the result. An ordinary label, one without a backslash and without `<|`,
+    comes back unchanged; `unescape_label` undoes the rest.
+    """
+    return label.replace("\\", "\\\\").replace("<|", "<\\|")
+
+
+def unescape_label(text: str) -> str:
+    r"""Undo `escape_label`; a backslash that it cannot have written stays."""
+    return re.sub(r"\\([\\|])", r"\1", text)
+
+
+def is_none_answer(text: str) -> bool:
+    """Tell whether a text, control tokens aside, says only that there is nothing: `none`, `None.`."""
+    return _NONE.fullmatch(strip_control(text)[:100].strip()) is not None
+
+
+def strip_control(text: str) -> str:
+    """Delete everything that looks like a control token."""
+    return _CONTROL.sub("", text)

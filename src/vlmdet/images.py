@@ -1,0 +1,93 @@
+"""Open a picture the one way: upright, RGB, whole, and not larger than a limit.
+
+When: ALWAYS; Pillow and numpy only. A picture from a phone carries its turn as EXIF tag 274; every step of this tool sees
+the picture as a viewer shows it.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vlmdet.errors import ImageError
+
+MAX_IMAGE_PIXELS = 178_956_970
+"""Above this many pixels a file is refused as a decompression bomb (twice Pillow's warning limit)."""
+
+_EXIF_ORIENTATION = 274
+
+
+def open_image(source: Path | bytes, *, name: str = "") -> Image.Image:
+    """Open a picture file upright and in RGB.
+
+    When: whenever pixels are needed; nothing is kept open.
+
+    Input: a path, or the bytes of a picture file; `name` for messages.
+    Output: an RGB image in memory. Transparency is laid on white, 16-bit grey is scaled to 8 bits, CMYK and palettes are
+    converted.
+
+    Raises:
+        ImageError: missing, empty, truncated, not a picture, or over `MAX_IMAGE_PIXELS`.
+    """
+    where = name or (str(source) if isinstance(source, Path) else "a picture in memory")
+    with decode(source, where) as image:
+        return to_upright_rgb(image)
+
+
+def decode(source: Path | bytes, name: str) -> Image.Image:
+    """Open and decode a picture as stored: neither turned nor converted.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    try:
+        data = source.read_bytes() if isinstance(source, Path) else source
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: no such file") from error
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
+    if not data:
+        raise ImageError(f"{name}: the file is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise ImageError(
+                    f"{name}: {image.width} x {image.height} pixels, over the limit of {MAX_IMAGE_PIXELS:,}",
+                    "scale the picture down",
+                )
+            image.load()
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not a picture in any format that Pillow reads") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: over the limit of {MAX_IMAGE_PIXELS:,} pixels", "scale the picture down") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on a broken file
+        raise ImageError(f"{name}: broken or truncated ({error})", "restore the file or leave the row out") from error
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    """Return EXIF tag 274 of an image, 1 to 8; 1 where it is absent or odd."""
+    value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """Turn an opened image as its EXIF tag says and convert it to RGB; an upright RGB image comes back as it is."""
+    if orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        grey = np.asarray(image, dtype=np.float64) / 257.0
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        paper = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(paper, layer).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,105 @@
+"""`Sample` and `DetectionDataset`: the one in-memory row of the tool.
+
+When: ALWAYS. Readers make them, everything else takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmdet.boxes import BoxFormat, Boxes
+from vlmdet.images import open_image
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row that has trouble, as a line of `problems.jsonl`.
+
+    Attributes:
+        file: the file that holds the row.
+        row: line, row number or object number in it; None where the whole file is meant.
+        id: the sample's id, "" where it is not known yet.
+        kind: one word, e.g. `degenerate_box`, `unknown_category`, `unreadable_image`.
+        detail: what was found, one line.
+        action: what was done: `row_dropped`, `box_dropped`, `box_clipped`, `kept`.
+    """
+
+    file: str
+    row: int | None
+    id: str
+    kind: str
+    detail: str
+    action: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the line's fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and its boxes.
+
+    Attributes:
+        id: unique within the data set.
+        picture: the file, or a function that returns the bytes of one; opened only by `image`.
+        width: of the upright picture, in pixels.
+        height: of the upright picture, in pixels.
+        boxes: n boxes on the upright picture.
+        labels: n names.
+        split: `train`, `val`, `test`, …
+        group: rows of one product or scene share it; "" where unknown.
+        source: `file:row`, for messages.
+        meta: what else the row said.
+    """
+
+    id: str
+    picture: Path | Callable[[], bytes]
+    width: int
+    height: int
+    boxes: Boxes
+    labels: tuple[str, ...]
+    split: str = "train"
+    group: str = ""
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Image.Image:
+        """Open the picture: upright RGB.
+
+        Raises:
+            ImageError: it is missing, broken or refused.
+        """
+        source = self.picture if isinstance(self.picture, Path) else self.picture()
+        return open_image(source, name=self.source or self.id)
+
+
+@dataclass(frozen=True)
+class DetectionDataset:
+    """Named splits of samples.
+
+    Attributes:
+        source: what the user named.
+        splits: samples by split.
+        labels: class names, in the order of the source.
+        box_format: order and unit that were read.
+        decided_by: why that format: `defined by Pascal VOC`.
+        problems: rows and boxes with trouble.
+    """
+
+    source: str
+    splits: dict[str, Sequence[Sample]]
+    labels: tuple[str, ...]
+    box_format: BoxFormat
+    decided_by: str
+    problems: list[Problem] = field(default_factory=list)
+
+    def with_splits(self, splits: dict[str, Sequence[Sample]]) -> DetectionDataset:
+        """Return the same data set with other splits."""
+        return replace(self, splits=splits)
