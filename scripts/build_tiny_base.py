@@ -2,14 +2,17 @@
 
 When: once; the result is committed under `src/vlmdet/models/tiny_base/`. On 2 CPU cores:
 
-    python scripts/build_tiny_base.py --steps 6000 --out src/vlmdet/models/tiny_base --log experiments/tiny_base.jsonl
+    python scripts/build_tiny_base.py --out src/vlmdet/models/tiny_base --log experiments/tiny_base.jsonl
 
 Every step sees new pictures (`vlmdet.data.synthetic.shapes`), so the loss and IoU of the training batches are those of
-unseen data. Three losses are added up, the last two through heads that are thrown away afterwards, because they break
-the plateau at which the coordinates of an answer otherwise stay for thousands of steps:
+unseen data. The first `--vision-steps` train the vision tower alone, the rest the whole model. Three losses are added up, the
+last two through heads that are thrown away afterwards, because they break the plateau at which the coordinates of an
+answer otherwise stay for thousands of steps:
 1. the answer's tokens; a number's target is a narrow bell over its neighbours, not one class in a thousand;
-2. on every image token as it leaves the vision tower: shape, colour and box of the object that covers it;
-3. on every image token half-way through the language model: the four numbers of that object's box.
+2. on every image token as it leaves the vision tower: shape and colour of the object that covers it, and which part of
+   its cell the object's box fills;
+3. on every image token half-way through the language model: the same part, as four numbers on the picture's own scale.
+Matrices are trained with Muon (K. Jordan et al., 2024), which needed less than half as many steps here as AdamW.
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ import torch.nn.functional as F  # noqa: N812
 import trl
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import Qwen2VLForConditionalGeneration
 
 from vlmdet.data.synthetic.shapes import COLORS, SHAPES, Scene, draw_scene
 from vlmdet.grounding.prompts import NONE_ANSWER, SYSTEM_PROMPT, build_user_prompt
 from vlmdet.models.tiny import TINY_MAX_PIXELS, build_model, build_processor, build_tokenizer, number_ids
 
-SIZES = ((196, 196), (224, 168), (168, 224), (196, 168), (168, 196))
+SIZES = ((196, 196), (224, 168), (168, 224), (196, 168), (168, 196), (168, 168), (196, 140), (140, 196))
 """Width and height in model pixels; one of them per batch, all within the base's pixel limits."""
 
 OTHER_SYSTEM_PROMPTS = ("You are a helpful assistant.", "You detect objects.", "Find what the user asks for.")
@@ -64,6 +68,7 @@ class Questions(IterableDataset):
 
     def make(self, rng: np.random.Generator, hard: float) -> dict[str, torch.Tensor]:
         width, height = SIZES[rng.integers(len(SIZES))]
+        most = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))  # one limit a batch: rows of like length, little padding
         scale = float(rng.uniform(1.0, 1.5))
         rows = []
         for _ in range(self.batch):
@@ -76,16 +81,16 @@ class Questions(IterableDataset):
                 smallest=0.35 if easy else 0.13,
                 largest=0.75,
             )
-            rows.append((scene, *self.ask(rng, scene, hard)))
+            rows.append((scene, *self.ask(rng, scene, hard, most)))
         return self.collate(rows, width, height)
 
-    def ask(self, rng: np.random.Generator, scene: Scene, hard: float) -> tuple[str, str, str]:
-        """Choose a question about a scene; returns system prompt, user prompt, answer."""
+    def ask(self, rng: np.random.Generator, scene: Scene, hard: float, most: int) -> tuple[str, str, str]:
+        """Choose a question with at most `most` boxes about a scene; returns system prompt, user prompt, answer."""
         names = scene.names()
         present = sorted(set().union(*names))
         count = {name: sum(name in own for own in names) for name in present}
-        choices = [name for name in present if count[name] <= 3]
-        label = str(rng.choice(choices)) if choices else present[0]
+        choices = [name for name in present if count[name] <= most] or present
+        label = str(rng.choice(choices))
         if rng.random() < 0.1 * hard:
             missing = sorted({*SHAPES, *(f"{c} {s}" for c in COLORS for s in SHAPES[:14])} - set(present))
             label = str(rng.choice(missing))
@@ -124,23 +129,60 @@ class Questions(IterableDataset):
 
 
 def cell_targets(scene: Scene, columns: int, lines: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Name what lies under each image token.
+    """Name what lies under each image token, and which part of it.
 
-    Output: kinds (columns * lines, 2) int64, shape and colour index, 0 for none; boxes (columns * lines, 6) float32,
-    the covering object's xyxy fractions and the token's own centre.
+    Output: kinds (columns * lines, 2) int64, shape and colour index, 0 for none; boxes (columns * lines, 6) float32, the
+    part of the object's box that lies in the token's cell as xyxy fractions of the picture, and the cell's centre. A
+    token cannot know how far its object reaches (rotary positions are relative), but it can know its own part.
     """
     y, x = np.divmod(np.arange(columns * lines), columns)
-    center = np.stack([(x + 0.5) / columns, (y + 0.5) / lines], axis=1)
-    kind = np.zeros((len(center), 2), np.int64)
-    box = np.concatenate([np.zeros((len(center), 4)), center], axis=1)
+    size = np.array([1 / columns, 1 / lines])
+    low = np.stack([x, y], axis=1) * size
+    kind = np.zeros((len(low), 2), np.int64)
+    box = np.concatenate([np.zeros((len(low), 4)), low + size / 2], axis=1)
+    most = np.full(len(low), 0.25)
     colors = list(COLORS)
-    for (x1, y1, x2, y2), shape, color in zip(scene.boxes, scene.shapes, scene.colors):
-        middle = np.array([(x1 + x2) / 2, (y1 + y2) / 2])
-        inside = (center > [x1, y1]).all(1) & (center < [x2, y2]).all(1)
-        inside |= (np.abs(center - middle) <= [0.5 / columns, 0.5 / lines]).all(1)
+    for whole, shape, color in zip(scene.boxes, scene.shapes, scene.colors, strict=True):
+        first, last = np.maximum(whole[:2], low), np.minimum(whole[2:], low + size)
+        share = ((last - first).clip(min=0) / size).prod(axis=1)
+        inside = share >= most
+        inside |= (low <= (whole[:2] + whole[2:]) / 2).all(1) & ((whole[:2] + whole[2:]) / 2 < low + size).all(1)
+        most[inside] = np.maximum(most[inside], share[inside])
         kind[inside] = SHAPES.index(shape) + 1, colors.index(color) + 1 if color else 0
-        box[inside, :4] = x1, y1, x2, y2
+        box[inside, :4] = np.concatenate([first, last], axis=1)[inside]
     return torch.from_numpy(kind), torch.from_numpy(box).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made nearly orthogonal by Newton-Schulz steps; for matrices (K. Jordan et al., 2024).
+
+    Three steps instead of the usual five: with small batches the products cost a third of the time otherwise.
+
+    torch has one too; it multiplies in bfloat16, which is sixty times slower than float32 on a CPU without AVX-512.
+    """
+
+    def __init__(self, params: Any, *, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.iterations = 3
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+                mean.lerp_(weight.grad, 1 - group["momentum"])
+                x = weight.grad.lerp(mean, group["momentum"])
+                tall = x.shape[0] > x.shape[1]
+                x = x.T if tall else x
+                x = x / (x.norm() + 1e-7)
+                for _ in range(self.iterations):
+                    square = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+                x = x.T if tall else x
+                size = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(x, alpha=-group["lr"] * size)
 
 
 class Helpers(nn.Module):
@@ -162,23 +204,29 @@ def soft_numbers(logits: torch.Tensor, value: torch.Tensor, spread: float = 4.0)
 
 
 def losses(
-    model: Any, helpers: Helpers, batch: dict[str, torch.Tensor], numbers: torch.Tensor
+    model: Any, helpers: Helpers, batch: dict[str, torch.Tensor], numbers: torch.Tensor, *, vision_only: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Run one batch; returns the losses to add up, and figures to print."""
     vision = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
-    outputs = model.model(**inputs, mm_encoder_outputs={"image": vision}, output_hidden_states=True, use_cache=False)
     seen = torch.cat(vision.pooler_output)
     kind, box = batch["cell_kind"], batch["cell_box"]
     covered = kind[:, 0] > 0
     guess = helpers.kind(seen)
     split = len(SHAPES) + 1
-    truth = box[covered, :4] - box[covered][:, [4, 5, 4, 5]]
+    truth = (box[covered, :4] - box[covered][:, [4, 5, 4, 5]]) * 7  # about one per cell
     result = {
-        "shape": F.cross_entropy(guess[:, :split], kind[:, 0]),
-        "color": F.cross_entropy(guess[:, split:], kind[:, 1]),
-        "offset": F.l1_loss(helpers.offset(seen[covered]), truth) * 10,
+        "object": F.binary_cross_entropy_with_logits(guess[:, 0], covered.float()),
+        "shape": F.cross_entropy(guess[covered, 1:split], kind[covered, 0] - 1),
+        "color": F.cross_entropy(guess[covered, split:], kind[covered, 1]),
+        "offset": F.l1_loss(helpers.offset(seen[covered]), truth) * 5,
     }
+    right = guess[covered, 1:split].argmax(1) == kind[covered, 0] - 1
+    figures = {"shape_right": float(right.float().mean())}
+    if vision_only:
+        return result, figures
+
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
+    outputs = model.model(**inputs, mm_encoder_outputs={"image": vision}, output_hidden_states=True, use_cache=False)
     table = model.get_input_embeddings().weight[numbers]
     middle = helpers.norm(outputs.hidden_states[2][batch["input_ids"] == model.config.image_token_id][covered])
     result["middle"] = sum(
@@ -205,15 +253,17 @@ def losses(
         both = (high - low).clamp(min=0).prod(1)
         area = (found[:, 2:] - found[:, :2]).clamp(min=0).prod(1) + (wanted[:, 2:] - wanted[:, :2]).prod(1)
         iou = (both / (area - both).clamp(min=1)).mean()
-        figures = {"iou": float(iou), "shape_right": float((guess[covered, :split].argmax(1) == kind[covered, 0]).float().mean())}
+        figures["iou"] = float(iou)
     return result, figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--vision-steps", type=int, default=600)
+    parser.add_argument("--vision-from", type=Path, help="start with the vision tower of this folder")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW takes a tenth")
     parser.add_argument("--ramp", type=int, default=800, help="step from which every picture is a hard one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -230,20 +280,25 @@ def main() -> None:
     template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5_vl.jinja").read_text(encoding="utf-8")
     processor = build_processor(tokenizer, template)
     model = build_model(tokenizer, seed=args.seed)
+    if args.vision_from:
+        trained = Qwen2VLForConditionalGeneration.from_pretrained(args.vision_from, dtype=torch.float32)
+        model.model.visual.load_state_dict(trained.model.visual.state_dict())
     numbers, _ = number_ids(tokenizer)
     helpers = Helpers(model.config.text_config.hidden_size)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces, {TINY_MAX_PIXELS} pixels")
 
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in [*model.parameters(), *helpers.parameters()]:
-        groups[parameter.ndim >= 2].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": 0.05}, {"params": groups[False], "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.98), fused=True,
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / 100, 1.0) * min(1.0, max(1.0 - s / args.steps, 0.01) / 0.6)
-    )
+    matrices = [w for name, w in model.model.named_parameters() if w.ndim == 2 and "embed" not in name and w.numel() < 500_000]
+    chosen = {id(weight) for weight in matrices}
+    others = [w for w in [*model.parameters(), *helpers.parameters()] if id(w) not in chosen]
+    optimizers = [
+        Muon(matrices, lr=args.lr),
+        torch.optim.AdamW(others, lr=args.lr / 10, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+
+    def rate(step: int) -> float:
+        return min((step + 1) / 30, 1.0) * min(1.0, max(1.0 - step / args.steps, 0.01) / 0.5)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     stream = Questions(processor, batch=args.batch, steps=args.steps, ramp=args.ramp, seed=args.seed)
     loader = DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4, multiprocessing_context="spawn")
     args.log.parent.mkdir(parents=True, exist_ok=True)
@@ -251,13 +306,13 @@ def main() -> None:
     with args.log.open("w", encoding="utf-8") as log:
         for step, batch in enumerate(loader, start=1):
             model.train()
-            terms, figures = losses(model, helpers, batch, numbers)
-            loss = terms["text"] + terms["number"] + 0.5 * (terms["shape"] + terms["color"] + terms["offset"] + terms["middle"])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_([*groups[True], *groups[False]], 1.0)
-            optimizer.step()
-            schedule.step()
+            terms, figures = losses(model, helpers, batch, numbers, vision_only=step <= args.vision_steps)
+            torch.stack([*terms.values()]).sum().backward()
+            nn.utils.clip_grad_norm_(others, 1.0)
+            for optimizer, schedule in zip(optimizers, schedules):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
             for key, number in {**{k: float(v.detach()) for k, v in terms.items()}, **figures}.items():
                 sums[key] = sums.get(key, 0.0) + number
             count += 1
@@ -267,7 +322,7 @@ def main() -> None:
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 sums, count = {}, 0
-            if step % 500 == 0 or step == args.steps:
+            if step % 250 == 0 or step == args.steps:
                 save(model, processor, args.out)
 
 

@@ -1,17 +1,18 @@
 """Open a picture the one way: upright, RGB, whole, and not larger than a limit.
 
-When: ALWAYS; Pillow and numpy only. A picture from a phone carries its turn as EXIF tag 274; every step of this tool sees
-the picture as a viewer shows it.
+When: ALWAYS; Pillow and numpy only. A picture from a phone carries its turn as EXIF tag 274; every step of this tool
+sees the picture as a viewer shows it.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vlmdet.errors import ImageError
 
@@ -19,6 +20,18 @@ MAX_IMAGE_PIXELS = 178_956_970
 """Above this many pixels a file is refused as a decompression bomb (twice Pillow's warning limit)."""
 
 _EXIF_ORIENTATION = 274
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TURN_HOLDERS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError, struct.error)
+"""What Pillow's decoders and its EXIF reader raise on a broken file."""
 
 
 def open_image(source: Path | bytes, *, name: str = "") -> Image.Image:
@@ -27,8 +40,8 @@ def open_image(source: Path | bytes, *, name: str = "") -> Image.Image:
     When: whenever pixels are needed; nothing is kept open.
 
     Input: a path, or the bytes of a picture file; `name` for messages.
-    Output: an RGB image in memory. Transparency is laid on white, 16-bit grey is scaled to 8 bits, CMYK and palettes are
-    converted.
+    Output: an RGB image in memory. Transparency is laid on white, 16-bit grey is scaled to 8 bits, CMYK and palettes
+    are converted.
 
     Raises:
         ImageError: missing, empty, truncated, not a picture, or over `MAX_IMAGE_PIXELS`.
@@ -66,21 +79,27 @@ def decode(source: Path | bytes, name: str) -> Image.Image:
         raise ImageError(f"{name}: not a picture in any format that Pillow reads") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: over the limit of {MAX_IMAGE_PIXELS:,} pixels", "scale the picture down") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on a broken file
+    except BROKEN as error:
         raise ImageError(f"{name}: broken or truncated ({error})", "restore the file or leave the row out") from error
     return image
 
 
 def orientation(image: Image.Image) -> int:
     """Return EXIF tag 274 of an image, 1 to 8; 1 where it is absent or odd."""
-    value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except BROKEN:  # viewers show such a picture as stored
+        return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
     """Turn an opened image as its EXIF tag says and convert it to RGB; an upright RGB image comes back as it is."""
-    if orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(orientation(image))
+    if turn is not None:
+        # not by ImageOps.exif_transpose: it writes the EXIF block anew, and fails where another tag of it is broken
+        image = image.transpose(turn)
+        image.info = {key: value for key, value in image.info.items() if key not in _TURN_HOLDERS}
     if image.mode == "RGB":
         return image
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):

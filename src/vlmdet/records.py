@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlmdet.boxes import BoxFormat, Boxes
+from vlmdet.boxes import Boxes, BoxFormat
 from vlmdet.images import open_image
 
 
@@ -91,6 +91,7 @@ class DetectionDataset:
         box_format: order and unit that were read.
         decided_by: why that format: `defined by Pascal VOC`.
         problems: rows and boxes with trouble.
+        notes: what was chosen on the way, one line each: rows left out by a limit, a validation split made from train.
     """
 
     source: str
@@ -99,6 +100,7 @@ class DetectionDataset:
     box_format: BoxFormat
     decided_by: str
     problems: list[Problem] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def with_splits(self, splits: dict[str, Sequence[Sample]]) -> DetectionDataset:
         """Return the same data set with other splits."""

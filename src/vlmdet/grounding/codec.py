@@ -62,25 +62,30 @@ class Codec(Protocol):
 
 _CONTROL = re.compile(r"<\|[a-z0-9_]{1,40}\|>|<\|[a-z0-9_]{0,40}$")
 _NONE = re.compile(rf"\W*{NONE_ANSWER}\W*", re.IGNORECASE)
+# What a tokenizer could take for a control token, or a parser for the corner of a box.
+_NUMBER = r"\s*+[-+]?+\d++(?:\.\d++)?+\s*+"
+_HOSTILE = re.compile(rf"\\|<(?=\|)|[(（](?={_NUMBER}[,，、]{_NUMBER}[)）])")
 
 
 def escape_label(label: str) -> str:
     r"""Make a label safe to stand in a prompt or an answer: `a<|im_end|>b` becomes `a<\|im_end|>b`.
 
-    No tokenizer can read a control token in the result. An ordinary label, one without a backslash and without `<|`,
-    comes back unchanged; `unescape_label` undoes the rest.
+    No tokenizer can read a control token in the result, and no parser a corner of a box: `plan (1,2)` becomes
+    `plan \(1,2)`. An ordinary label, one without a backslash, `<|` or two numbers in brackets, comes back unchanged;
+    `unescape_label` undoes the rest.
     """
-    return label.replace("\\", "\\\\").replace("<|", "<\\|")
+    return _HOSTILE.sub(lambda match: "<\\" if match[0] == "<" else "\\" + match[0], label)
 
 
 def unescape_label(text: str) -> str:
     r"""Undo `escape_label`; a backslash that it cannot have written stays."""
-    return re.sub(r"\\([\\|])", r"\1", text)
+    return re.sub(r"\\([\\|(（])", r"\1", text)
 
 
 def is_none_answer(text: str) -> bool:
     """Tell whether a text, control tokens aside, says only that there is nothing: `none`, `None.`."""
-    return _NONE.fullmatch(strip_control(text)[:100].strip()) is not None
+    words = strip_control(text).strip()
+    return len(words) <= 100 and _NONE.fullmatch(words) is not None
 
 
 def strip_control(text: str) -> str:

@@ -31,5 +31,7 @@ def build_user_prompt(labels: Sequence[str]) -> str:
     if not labels:
         raise ValueError("a prompt needs at least one label to ask for")
     what = labels[0] if len(labels) == 1 else None
-    question = f"every {what} in this image" if what else f"every object in this image that is one of: {', '.join(labels)}"
+    question = (
+        f"every {what} in this image" if what else f"every object in this image that is one of: {', '.join(labels)}"
+    )
     return f"Detect {question}. If there is none, answer: {NONE_ANSWER}"

@@ -1,7 +1,7 @@
 """Paint shared by both kinds of drawn pictures: backgrounds, noise, words, text blocks, barcodes.
 
-When: ONCE, while a data set is drawn. Everything takes a `numpy.random.Generator`; the same seed paints the same pixels.
-Nothing here draws a table: that code lives in `packages.py` alone, so that the embedded base never sees one.
+When: ONCE, while a data set is drawn. Everything takes a `numpy.random.Generator`; the same seed paints the same
+pixels. Nothing here draws a table: that code lives in `packages.py` alone, so that the embedded base never sees one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 Color = tuple[int, int, int]
 
@@ -51,24 +51,26 @@ def add_noise(rng: np.random.Generator, image: Image.Image, sigma: float) -> Ima
     """Add grey noise of a standard deviation given in 8-bit steps; returns a new RGB image of the same size."""
     if sigma <= 0:
         return image
-    pixels = np.asarray(image, dtype=np.float32)
-    height, width = pixels.shape[:2]
     bank = _noise_bank()
-    top, left = (int(rng.integers(bank.shape[0])) for _ in range(2))
-    rows, columns = (np.arange(height) + top) % bank.shape[0], (np.arange(width) + left) % bank.shape[1]
-    noise = bank[np.ix_(rows, columns)] * np.float32(sigma)
-    return Image.fromarray((pixels + noise[..., None]).clip(0, 255).astype(np.uint8))
+    side = bank.shape[0] // 2
+    top, left = (int(rng.integers(side)) for _ in range(2))
+    repeat = (-(-(image.height + top) // side), -(-(image.width + left) // side))
+    if max(repeat) > 2:  # larger than the doubled bank
+        bank = np.tile(bank[:side, :side], repeat)
+    noise = bank[top : top + image.height, left : left + image.width] * np.float32(sigma)
+    layer = Image.fromarray((np.floor(noise).clip(-128, 127) + 128).astype(np.uint8))
+    return ImageChops.add(image, Image.merge("RGB", (layer,) * 3), 1, -128)  # four times faster than in floats
 
 
 @functools.cache
 def _noise_bank() -> np.ndarray:
-    """Return (509, 509) float32 of standard normal noise, drawn once: a window into it costs far less than new noise."""
-    return np.random.default_rng(0).standard_normal((509, 509), dtype=np.float32)
+    """Return (1018, 1018) float32: (509, 509) of normal noise, twice each way; a window costs less than new noise."""
+    return np.tile(np.random.default_rng(0).standard_normal((509, 509), dtype=np.float32), (2, 2))
 
 
 def words(rng: np.random.Generator, count: int) -> str:
     """Return some words of an ingredient list."""
-    return " ".join(rng.choice(WORDS) for _ in range(count))
+    return " ".join(WORDS[rng.integers(len(WORDS))] for _ in range(count))  # what `choice` draws, ten times faster
 
 
 def text_block(rng: np.random.Generator, width: int, height: int, ink: Color, paper: Color | None) -> Image.Image:

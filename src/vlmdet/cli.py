@@ -1,0 +1,301 @@
+"""The command line: one verb, one function; nothing heavy is imported before the verb is known.
+
+When: `vlmdet …` and `python -m vlmdet …`. A user's mistake is one line on stderr and exit code 2; a bug is a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmdet.errors import ConfigError, VlmdetError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, or 2 for a user's mistake."""
+    args = build_parser().parse_args(argv)
+    # the libraries' own notes about themselves; ours are printed, errors are raised
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        args.run(args)
+    except VlmdetError as error:
+        print(f"vlmdet {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vlmdet {args.verb}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe every verb."""
+    parser = argparse.ArgumentParser(
+        prog="vlmdet",
+        description="Fine-tune a vision-language model to detect objects, and prove that it learned to.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="start here:\n  vlmdet demo\n  vlmdet train FOLDER --recipe tiny\n  vlmdet predict PICTURE.jpg --model runs/demo",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    demo = _verb(
+        verbs, "demo", _demo, "the whole way once, on drawn pictures and the embedded base",
+        ["vlmdet demo", "vlmdet demo --seed 1", "vlmdet demo --json"],
+    )  # fmt: skip
+    demo.add_argument("--seed", type=int, default=0, help="seed of the drawn pictures")
+    _add_overrides(demo)
+    _add_json(demo)
+
+    train = _verb(
+        verbs, "train", _train, "fine-tune a base on a data set",
+        [
+            "vlmdet train FOLDER --recipe tiny",
+            'vlmdet train bccd --recipe tiny --classes WBC --rename WBC="white blood cell"',
+            "vlmdet train FOLDER --recipe lora --model Qwen/Qwen2-VL-2B-Instruct training.epochs=5",
+        ],
+    )  # fmt: skip
+    train.add_argument("source", metavar="SOURCE", help="a folder, a file, or the id of a hub data set")
+    train.add_argument("--recipe", default="tiny", help="name or file of a recipe (default: tiny)")
+    train.add_argument("--model", help="tiny, a hub id, or a folder of weights")
+    train.add_argument("--name", help="the run's folder is runs/NAME/NNN")
+    _add_selection(train)
+    train.add_argument("--max-problems", type=float, metavar="SHARE", help="share of broken rows above which to stop")
+    _add_overrides(train)
+    _add_json(train)
+
+    evaluation = _verb(
+        verbs, "eval", _eval, "score a run on a split, and its untuned base with --base",
+        ["vlmdet eval runs/demo --base", "vlmdet eval runs/demo --split val", "vlmdet eval runs/demo --json"],
+    )  # fmt: skip
+    evaluation.add_argument("run_name", metavar="RUN", help="runs/NAME, or runs/NAME/NNN")
+    evaluation.add_argument("--split", default=None, help="default: the run's evaluation.split")
+    evaluation.add_argument("--base", action="store_true", help="score the untuned base too, under the same contract")
+    evaluation.add_argument("--limit", type=int, help="score this many pictures only")
+    _add_json(evaluation)
+
+    predict = _verb(
+        verbs, "predict", _predict, "find objects in pictures: JSON lines, and the pictures with boxes drawn",
+        [
+            "vlmdet predict photo.jpg --model runs/demo",
+            "vlmdet predict *.jpg --model runs/demo --out drawn/",
+            'vlmdet predict photo.jpg --model tiny --classes "red star"',
+        ],
+    )  # fmt: skip
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    predict.add_argument("--model", required=True, help="a run, tiny, a hub id, or a folder of weights")
+    predict.add_argument("--classes", action="append", metavar="NAME", help="what to look for; a run brings its own")
+    predict.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the drawn pictures")
+    predict.add_argument("--min-pixels", type=int, help="for a base other than tiny")
+    predict.add_argument("--max-pixels", type=int, help="for a base other than tiny")
+
+    environment = _verb(
+        verbs, "env", _env, "what to paste into an issue", ["vlmdet env", "vlmdet env --json", "vlmdet env > env.txt"]
+    )
+    _add_json(environment)
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: list[str]) -> Any:
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, e.g. training.epochs=5")
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--classes", action="append", metavar="NAME", help="class to look for; repeat for several")
+    parser.add_argument("--rename", action="append", metavar="OLD=NEW", help='e.g. WBC="white blood cell"')
+    parser.add_argument("--limit", type=int, metavar="N", help="keep N rows of each split")
+
+
+def _say(args: argparse.Namespace) -> Callable[[str], None]:
+    stream = sys.stderr if args.json else sys.stdout
+
+    def say(text: str) -> None:
+        print(text, file=stream, flush=True)
+
+    return say
+
+
+def _selection(args: argparse.Namespace) -> dict[str, Any]:
+    """Turn --classes, --rename and --limit into settings."""
+    data: dict[str, Any] = {}
+    if args.classes:
+        data["classes"] = args.classes
+    if args.rename:
+        pairs = [text.partition("=") for text in args.rename]
+        odd = [text for text, (old, _, new) in zip(args.rename, pairs, strict=True) if not old or not new]
+        if odd:
+            raise ConfigError(f"--rename {odd[0]}", 'write it as OLD=NEW, e.g. --rename WBC="white blood cell"')
+        data["rename"] = {old: new for old, _, new in pairs}
+    if args.limit is not None:
+        data["limit"] = args.limit
+    return data
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from vlmdet.demo import run_demo
+
+    result = run_demo(seed=args.seed, overrides=tuple(args.overrides), say=_say(args))
+    if args.json:
+        print(json.dumps(result))
+
+
+def _train(args: argparse.Namespace) -> None:
+    from vlmdet.config import check, find_recipe, load_settings
+
+    base = load_settings(find_recipe(args.recipe))
+    flags: dict[str, Any] = {"data": {"source": args.source, **_selection(args)}}
+    if args.max_problems is not None:
+        flags["data"]["max_problems"] = args.max_problems
+    if args.model:
+        flags["model"] = {"name": args.model}
+    flags["name"] = args.name or Path(args.source).resolve().name.replace(" ", "-")
+    settings = load_settings(None, args.overrides, base=merge(base, flags))
+    check(settings, needs_data=True)
+
+    from vlmdet.training.train import prepare, train
+
+    say = _say(args)
+    prepared = prepare(settings, command=shlex.join(["vlmdet", *sys.argv[1:]]), say=say)
+    folder = train(prepared, say=say)
+    split = settings.evaluation.split
+    say(f"next:\n  vlmdet eval {folder} --base" + ("" if split in prepared.dataset.splits else " --split val"))
+    say(f"  vlmdet predict PICTURE.jpg --model {folder}")
+    if args.json:
+        print(json.dumps({"run": str(folder)}))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from vlmdet.runs import need_run
+
+    folder = need_run(args.run_name)
+
+    from vlmdet.config import load_settings
+    from vlmdet.contract import Contract
+    from vlmdet.errors import DataError, did_you_mean
+    from vlmdet.evaluation.compare import paired_difference
+    from vlmdet.evaluation.evaluate import evaluate, format_comparison
+    from vlmdet.evaluation.files import read_predictions
+    from vlmdet.models.loader import load
+    from vlmdet.training.callbacks import draw_rows
+    from vlmdet.training.train import read_data
+
+    say = _say(args)
+    settings = load_settings(folder / "config.yaml")
+    contract = Contract.read(folder)
+    dataset = read_data(settings, say)
+    split = args.split or settings.evaluation.split
+    if split not in dataset.splits:
+        raise DataError(f"{settings.data.source}: there is no split '{split}'", did_you_mean(split, dataset.splits))
+    samples = list(dataset.splits[split])[: args.limit]
+    names = {"base": contract.base_model, "tuned": str(folder)} if args.base else {"tuned": str(folder)}
+    figures, rows = {}, {}
+    for which, model in names.items():
+        loaded = load(model, min_pixels=contract.min_pixels, max_pixels=contract.max_pixels)
+        place = folder / "eval" / split / which
+        figures[which] = evaluate(
+            loaded,
+            samples,
+            contract=contract,
+            folder=place,
+            name=which,
+            split=split,
+            batch_size=settings.evaluation.batch_size,
+            max_new_tokens=settings.evaluation.max_new_tokens,
+            resamples=settings.evaluation.resamples,
+            seed=settings.evaluation.seed,
+        )
+        rows[which] = read_predictions(place / "predictions.jsonl")
+        draw_rows(samples[:12], rows[which], columns=4).save(place.with_suffix(".png"))
+    say(f"split {split}, {len(samples)} pictures, 95 % intervals")
+    say(format_comparison(figures, list(names)))
+    result: dict[str, Any] = dict(figures)
+    if args.base:
+        result["difference"] = {
+            metric: paired_difference(rows["base"], rows["tuned"], metric=metric, labels_asked=contract.labels)
+            for metric in ("mean_best_iou", "f1_50")
+        }
+        for metric, change in result["difference"].items():
+            verdict = "" if change["separable"] else "  not separable"
+            say(f"tuned - base, {metric}: {change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f}){verdict}")
+    say(f"predictions and pictures: {folder / 'eval' / split}")
+    if args.json:
+        print(json.dumps(result))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from vlmdet.images import open_image
+
+    pictures = [(path, open_image(path)) for path in args.images]
+
+    from vlmdet.boxes import Boxes
+    from vlmdet.evaluation.predict import predict
+    from vlmdet.models.loader import load
+    from vlmdet.records import Sample
+    from vlmdet.utils.visualization import visualize_bbox_on_image
+
+    loaded = load(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    labels = tuple(args.classes or (loaded.contract.labels if loaded.contract else ()))
+    if not labels:
+        raise ConfigError(f"{args.model} is no run, so it does not know what to look for", "name it with --classes")
+    size = loaded.processor.image_processor.size
+    samples = [
+        Sample(str(path), path, image.width, image.height, Boxes.empty(), (), source=str(path)) for path, image in pictures
+    ]
+    codec = loaded.contract.codec if loaded.contract else "qwen2_vl"
+    rows = predict(
+        loaded.model,
+        loaded.processor,
+        samples,
+        labels=labels,
+        codec=codec,
+        min_pixels=size["shortest_edge"],
+        max_pixels=size["longest_edge"],
+        size_factor=loaded.contract.size_factor if loaded.contract else 28,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    for row, (path, image) in zip(rows, pictures, strict=True):
+        drawn = args.out / f"{path.stem}.png"
+        visualize_bbox_on_image(image, row["boxes"], row["labels"]).save(drawn)
+        print(json.dumps({**{key: value for key, value in row.items() if key != "truth"}, "drawn": str(drawn)}))
+
+
+def _env(args: argparse.Namespace) -> None:
+    from vlmdet.utils.environment import describe_environment, format_environment
+
+    found = describe_environment()
+    print(json.dumps(found) if args.json else format_environment(found))
+
+
+def merge(base: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay nested changes over settings; returns a plain mapping that `load_settings` takes as `base`."""
+    import yaml
+
+    from vlmdet.config import to_yaml
+
+    plain: dict[str, Any] = yaml.safe_load(to_yaml(base))
+    for key, value in changes.items():
+        plain[key] = {**plain[key], **value} if isinstance(value, dict) else value
+    return plain

@@ -1,0 +1,119 @@
+"""Move a picture and its boxes together, then write the target again.
+
+When: EVERY ACCESS to a training row, through `datasets.Dataset.with_transform`; off unless a setting asks for it. The
+answer is written by the same codec as before, so that text and boxes cannot part.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F  # noqa: N812
+
+from vlmdet.boxes import Boxes, BoxFormat
+from vlmdet.data.dataset import build_messages
+from vlmdet.images import to_upright_rgb
+
+_PIXELS = BoxFormat("xyxy", "pixel")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Chances of each change of a training row; all 0 leaves rows as they are.
+
+    Attributes:
+        flip_horizontal: chance of a mirror image; 0 where labels name left or right.
+        flip_vertical: chance of turning it upside down; only for pictures without an up.
+        rotate: chance of a turn by 90, 180 or 270 degrees; likewise.
+        crop: chance of cutting a window that holds every box whole; objects get larger.
+        shrink: chance of laying the picture on a grey ground up to twice as large; objects get smaller.
+        color: chance of changed brightness, contrast, saturation and hue.
+    """
+
+    flip_horizontal: float = 0.0
+    flip_vertical: float = 0.0
+    rotate: float = 0.0
+    crop: float = 0.0
+    shrink: float = 0.0
+    color: float = 0.0
+
+    def __call__(self, image: Image.Image, boxes: Boxes, rng: np.random.Generator) -> tuple[Image.Image, Boxes]:
+        """Change one upright RGB picture and its boxes; returns new ones, the boxes cut to the picture."""
+        points = tv_tensors.BoundingBoxes(  # type: ignore[call-arg]
+            torch.from_numpy(boxes.to_array(_PIXELS, *image.size)), format="XYXY", canvas_size=(image.height, image.width)
+        )
+        if rng.random() < self.flip_horizontal:
+            image, points = F.horizontal_flip(image), F.horizontal_flip(points)
+        if rng.random() < self.flip_vertical:
+            image, points = F.vertical_flip(image), F.vertical_flip(points)
+        if rng.random() < self.rotate:
+            angle = float(rng.choice([90, 180, 270]))
+            image, points = F.rotate(image, angle, expand=True), F.rotate(points, angle, expand=True)
+        if rng.random() < self.crop:
+            top, left, height, width = _window(rng, np.asarray(points), *image.size)
+            image, points = F.crop(image, top, left, height, width), F.crop(points, top, left, height, width)
+        if rng.random() < self.shrink:
+            extra = rng.uniform(0, 1, size=2) * [image.width, image.height]
+            before = rng.uniform(0, 1, size=2) * extra
+            (left, top), (right, bottom) = before.astype(int), (extra - before).astype(int)
+            sides = [int(left), int(top), int(right), int(bottom)]
+            grey = int(rng.integers(90, 170))
+            image, points = F.pad(image, sides, fill=[grey] * 3), F.pad(points, sides)
+        if rng.random() < self.color:
+            image = F.adjust_brightness(image, float(rng.uniform(0.75, 1.25)))
+            image = F.adjust_contrast(image, float(rng.uniform(0.75, 1.25)))
+            image = F.adjust_saturation(image, float(rng.uniform(0.7, 1.3)))
+            image = F.adjust_hue(image, float(rng.uniform(-0.04, 0.04)))
+        return image, Boxes.from_array(np.asarray(points), _PIXELS, image.width, image.height).clip()
+
+    @property
+    def active(self) -> bool:
+        """Tell whether any chance is above 0."""
+        return any(
+            (self.flip_horizontal, self.flip_vertical, self.rotate, self.crop, self.shrink, self.color)
+        )
+
+
+def _window(rng: np.random.Generator, points: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
+    """Choose top, left, height, width of a window that holds all boxes and at least half of each side."""
+    low = points[:, :2].min(axis=0) if len(points) else np.array([width, height]) * 0.4
+    high = points[:, 2:].max(axis=0) if len(points) else np.array([width, height]) * 0.6
+    size = np.array([width, height])
+    first = np.floor(rng.uniform(0, 1, 2) * np.clip(np.minimum(low, size * 0.25), 0, None)).astype(int)
+    last = np.ceil(size - rng.uniform(0, 1, 2) * np.clip(np.minimum(size - high, size * 0.25), 0, None)).astype(int)
+    return int(first[1]), int(first[0]), int(last[1] - first[1]), int(last[0] - first[0])
+
+
+def augment_rows(
+    rows: dict[str, list[Any]], *, augment: Augment, asked: Sequence[str], codec: str, box_order: str
+) -> dict[str, list[Any]]:
+    """Change a batch of training rows: the function for `Dataset.with_transform`.
+
+    Input: columns of `data.dataset.build_rows`: `messages`, `image`, `boxes`, `labels`, …; `asked`, labels of the prompt.
+    Output: the same columns with new pictures, boxes and messages. Randomness comes from torch's generator, which the
+    Trainer seeds, and each loader worker has its own.
+    """
+    result = dict(rows)
+    result["image"], result["boxes"], result["messages"] = [], [], []
+    for image, box_list, labels in zip(rows["image"], rows["boxes"], rows["labels"], strict=True):
+        rng = np.random.default_rng(int(torch.randint(2**31, ()).item()))
+        picture, boxes = augment(_open(image), Boxes(np.asarray(box_list, dtype=np.float64).reshape(-1, 4)), rng)
+        result["image"].append(picture)
+        result["boxes"].append(boxes.tolist())
+        result["messages"].append(
+            build_messages(asked, boxes=boxes, labels=labels, size=picture.size, codec=codec, box_order=box_order)
+        )
+    return result
+
+
+def _open(image: Any) -> Image.Image:
+    if isinstance(image, dict):
+        image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+    return to_upright_rgb(image)

@@ -1,0 +1,129 @@
+"""Run a model over samples and write one row per picture: the only maker of `predictions.jsonl`.
+
+When: AFTER training, and in the evaluation callback during it; base and tuned take the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from vlmdet.data.dataset import build_messages
+from vlmdet.errors import DataError, ImageError
+from vlmdet.grounding import get_codec
+from vlmdet.grounding.sizes import plan_view
+from vlmdet.models.inference import MAX_NEW_TOKENS, Answer, generate_answers
+from vlmdet.records import Sample
+
+MAX_ERROR_SHARE = 0.05
+"""Above this share of rows that could not be run, a prediction fails as a whole."""
+
+
+def predict(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    *,
+    labels: Sequence[str],
+    codec: str,
+    min_pixels: int,
+    max_pixels: int,
+    batch_size: int = 32,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    size_factor: int = 28,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Predict boxes for samples.
+
+    Input: a loaded model and processor; `labels` that the prompt asks for; `codec`, that reads the answers; pixel limits;
+    `progress(done, all)`, called after each batch.
+    Output: rows of `predictions.jsonl` (architecture, "Data model") in the order of `samples`; boxes are xyxy fractions of
+    the upright picture. A picture that cannot be opened gives a row with `status` "error" and its reason.
+
+    Raises:
+        DataError: over 5 % of the rows are errors.
+    """
+    rows: list[dict[str, Any] | None] = [None] * len(samples)
+    # rows of like length together: less padding
+    order = sorted(range(len(samples)), key=lambda i: samples[i].width / samples[i].height)
+    messages = build_messages(labels)
+    done = 0
+    for batch in _batches(order, batch_size):
+        ready, images = [], []
+        for i in batch:
+            try:
+                images.append(samples[i].image)
+                ready.append(i)
+            except ImageError as error:
+                rows[i] = _row(samples[i], status="error", error=str(error))
+        if ready:
+            answers = generate_answers(
+                model,
+                processor,
+                [messages] * len(ready),
+                images,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                max_new_tokens=max_new_tokens,
+            )
+            for i, image, answer in zip(ready, images, answers, strict=True):
+                view = plan_view(image.width, image.height, min_pixels=min_pixels, max_pixels=max_pixels, factor=size_factor)
+                parsed = get_codec(codec).parse(answer.text, view)
+                rows[i] = _row(samples[i], answer=answer, status=parsed.status) | {
+                    "boxes": parsed.boxes.tolist(),
+                    "labels": parsed.labels,
+                    "problems": [{"kind": kind, "detail": detail} for kind, detail in parsed.problems],
+                }
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(samples))
+    result = [row for row in rows if row is not None]
+    errors = [row for row in result if row["status"] == "error"]
+    if len(errors) > MAX_ERROR_SHARE * len(result):
+        raise DataError(f"{len(errors)} of {len(result)} pictures could not be run; the first: {errors[0]['error']}")
+    return result
+
+
+def _batches(order: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _row(sample: Sample, *, answer: Answer | None = None, status: str, error: str | None = None) -> dict[str, Any]:
+    return {
+        "id": sample.id,
+        "image": str(sample.picture) if not callable(sample.picture) else sample.source,
+        "width": sample.width,
+        "height": sample.height,
+        "truth": {
+            "boxes": sample.boxes.tolist(),
+            "labels": list(sample.labels),
+            "ignore": [False] * len(sample.labels),
+        },
+        "text": answer.text if answer else "",
+        "boxes": [],
+        "labels": [],
+        "scores": None,
+        "score_source": None,
+        "problems": [],
+        "status": status,
+        "tokens": {
+            "prompt": answer.prompt_tokens if answer else 0,
+            "image": answer.image_tokens if answer else 0,
+            "answer": answer.answer_tokens if answer else 0,
+        },
+        "truncated": answer.truncated if answer else False,
+        "ms": round(answer.milliseconds, 2) if answer else 0.0,
+        "error": error,
+    }
+
+
+def print_progress(what: str) -> Callable[[int, int], None]:
+    """Return a progress function that rewrites one line on stderr, or stays silent where that is no terminal."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{what}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show

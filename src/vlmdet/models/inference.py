@@ -1,0 +1,147 @@
+"""Ask a Qwen2-VL where things are: generate, batched, and read the answer.
+
+When: PER RUN, after loading. `evaluation.predict` runs whole data sets through `generate_answers`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlmdet.data.collators import collate_prompts
+from vlmdet.data.dataset import build_messages
+from vlmdet.grounding import View, get_codec
+
+MAX_NEW_TOKENS = 256
+"""Room for about ten boxes; an answer that needs more is reported as truncated."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote about one picture.
+
+    Attributes:
+        text: the answer, control tokens included, without the end token.
+        prompt_tokens: length of the prompt, image tokens included.
+        image_tokens: of these, image tokens.
+        answer_tokens: tokens generated, the end token included.
+        truncated: the limit was reached before an end token.
+        milliseconds: wall time of the batch, divided by its rows.
+    """
+
+    text: str
+    prompt_tokens: int
+    image_tokens: int
+    answer_tokens: int
+    truncated: bool
+    milliseconds: float
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: Any,
+    processor: Any,
+    messages_list: Sequence[list[dict[str, Any]]],
+    images_list: Sequence[Image.Image | list[Image.Image]],
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[Answer]:
+    """Generate greedily for one batch of prompts.
+
+    When: once per batch of prediction.
+
+    Input: `messages_list`, n conversations without an answer (system, user with a placeholder); `images_list`, n upright
+    pictures; pixel limits; `max_new_tokens` per answer. The model's mode and cache setting are put back afterwards.
+    Output: n answers in the same order. Prompts are padded on the left, so a row's answer does not depend on the others.
+    """
+    batch = collate_prompts(processor, messages_list, images_list, min_pixels=min_pixels, max_pixels=max_pixels)
+    batch = batch.to(model.device)
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    was_training = model.training
+    model.eval()
+    started = time.perf_counter()
+    ends = _end_tokens(model, processor)
+    # temperature and its like are None, or a checkpoint's sampling settings would be warned about on every call
+    output = model.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    spent = (time.perf_counter() - started) * 1000 / len(output)
+    model.train(was_training)
+    prompt = batch["input_ids"].shape[1]
+    answers = []
+    for row, mask, ids in zip(output[:, prompt:].tolist(), batch["attention_mask"], batch["input_ids"], strict=True):
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        kept = row if end is None else row[:end]
+        answers.append(
+            Answer(
+                text=processor.tokenizer.decode(kept, skip_special_tokens=False),
+                prompt_tokens=int(mask.sum()),
+                image_tokens=int((ids == processor.image_token_id).sum()),
+                answer_tokens=len(kept) + (end is not None),
+                truncated=end is None,
+                milliseconds=spent,
+            )
+        )
+    return answers
+
+
+def _end_tokens(model: Any, processor: Any) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [*ends, processor.tokenizer.eos_token_id] if token is not None})
+
+
+def run_qwen2vl_inference(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    labels: Sequence[str],
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> str:
+    """Ask about one picture and return the raw answer, control tokens included.
+
+    When: by hand, in notebooks and in `vlmdet predict`.
+
+    Input: an upright RGB `image`; `labels` to ask for; pixel limits as in training.
+    Output: `'<|object_ref_start|>nutrition table<|object_ref_end|><|box_start|>(92,310),(841,705)<|box_end|>'`.
+    """
+    messages = build_messages(labels)
+    (answer,) = generate_answers(
+        model, processor, [messages], [image], min_pixels=min_pixels, max_pixels=max_pixels, max_new_tokens=max_new_tokens
+    )
+    return answer.text
+
+
+def parse_qwen_bbox_output(text: str, width: int = 1000, height: int = 1000) -> list[dict[str, Any]]:
+    """Read the boxes of a Qwen2-VL answer, in pixels of a picture.
+
+    When: by hand and in notebooks; everything inside this package uses the codec itself.
+
+    Input: `text` as `run_qwen2vl_inference` returns it; size of the upright picture in pixels.
+    Output: `[{"label": "nutrition table", "bbox": [x1, y1, x2, y2]}]`, floats; with the default size the numbers are
+    those of the answer's own grid of 1000. An empty list when there is no box.
+    """
+    parsed = get_codec("qwen2_vl").parse(text, View(width, height, width, height))
+    scale = (width, height, width, height)
+    return [
+        {"label": label, "bbox": [round(value * side, 3) for value, side in zip(row, scale, strict=True)]}
+        for label, row in zip(parsed.labels, parsed.boxes.tolist(), strict=True)
+    ]

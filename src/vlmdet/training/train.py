@@ -1,0 +1,311 @@
+"""Train a model on a data set; read from top to bottom.
+
+When: PER RUN.
+
+    vlmdet train SOURCE --recipe lora --model Qwen/Qwen2-VL-2B-Instruct training.epochs=5
+
+`prepare` reads the data, loads the base and writes the contract; `train` runs TRL's `SFTTrainer` with our collator. They
+are two steps so that a caller can score the untuned base between them, under the very contract of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from trl import SFTConfig, SFTTrainer
+
+from vlmdet.config import Settings, to_yaml
+from vlmdet.contract import SCHEMA, Contract
+from vlmdet.data.augment import Augment, augment_rows
+from vlmdet.data.collators import Qwen2VLCollatorV1, Qwen2VLCollatorV2, Qwen2VLCollatorV3
+from vlmdet.data.dataset import build_rows
+from vlmdet.data.readers import open_dataset
+from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
+from vlmdet.errors import DataError, TrainingError
+from vlmdet.evaluation.predict import predict
+from vlmdet.grounding import get_codec
+from vlmdet.grounding.codec import escape_label
+from vlmdet.grounding.prompts import SYSTEM_PROMPT, build_user_prompt
+from vlmdet.models.loader import Loaded, fingerprint, load
+from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable
+from vlmdet.records import DetectionDataset, Sample
+from vlmdet.runs import new_run
+from vlmdet.utils.environment import describe_environment, format_environment
+from vlmdet.training.callbacks import GradNormCallback, IoUEvalCallback, JsonLogCallback, SamplePictureCallback
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start: its folder holds `config.yaml`, `contract.json` and `problems.jsonl`."""
+
+    settings: Settings
+    folder: Path
+    dataset: DetectionDataset
+    base: Loaded
+    contract: Contract
+
+
+def read_data(settings: Settings, say: Say) -> DetectionDataset:
+    """Open the data set that the settings name, with their classes, names, limit and validation split.
+
+    When: once per run; again by `vlmdet eval` from the run's `config.yaml`.
+
+    Raises:
+        DataError: nothing there, an unknown class, or no rows left.
+    """
+    data = settings.data
+    dataset = open_dataset(data.source, format=data.format)
+    dataset = select(dataset, classes=data.classes or None, rename=data.rename or None, limit=data.limit, seed=data.seed)
+    dataset, note = ensure_val(dataset, fraction=data.val_fraction, seed=data.seed)
+    counts = ", ".join(f"{name} {len(samples)}" for name, samples in dataset.splits.items())
+    say(f"data: {data.source}: {counts} pictures; boxes read as {dataset.box_format} ({dataset.decided_by})")
+    if note:
+        say(note)
+    if not dataset.splits.get("train"):
+        raise DataError(f"{data.source}: no row in the split 'train'", f"there is: {counts or 'no split at all'}")
+    if not dataset.labels:
+        raise DataError(f"{data.source}: no class to look for", "name one with --classes")
+    return dataset
+
+
+def prepare(settings: Settings, *, command: str = "", say: Say = print) -> Prepared:
+    """Read the data, look at every picture, load the base and write down what the run assumes.
+
+    When: once per run, before anything is trained.
+
+    Input: checked settings; `command`, as typed, for the record; `say`, where lines for the user go.
+    Output: `Prepared`; in the new run folder `config.yaml`, `contract.json`, `command.txt`, `env.txt`, `problems.jsonl`.
+
+    Raises:
+        DataError: too many rows are broken, see `data.max_problems`.
+        ModelError: the base cannot be loaded.
+    """
+    dataset = read_data(settings, say)
+    used = [sample for name in ("train", "val") for sample in dataset.splits.get(name, ())]
+    dataset = drop_rows(dataset, check_pictures(used))
+    problems = dataset.problems
+    refuse_above(problems, len(used), share=settings.data.max_problems)
+
+    model = settings.model
+    base = load(
+        model.name,
+        dtype=model.dtype,
+        device=model.device,
+        attention=model.attention,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+    )
+    if base.contract is not None:
+        raise TrainingError(f"{model.name} is a tuned run", "training on top of a run is not supported yet; name its base")
+    contract = make_contract(settings, dataset, base)
+
+    folder = new_run(settings.name)
+    (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+    (folder / "command.txt").write_text(command + "\n", encoding="utf-8")
+    (folder / "env.txt").write_text(format_environment(describe_environment()) + "\n", encoding="utf-8")
+    write_problems(folder / "problems.jsonl", problems)
+    contract.write(folder)
+    kinds = Counter(f"{problem.kind} ({problem.action})" for problem in problems)
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+    say(f"problems: {listed}; written to {folder / 'problems.jsonl'}")
+    return Prepared(settings, folder, dataset, base, contract)
+
+
+def make_contract(settings: Settings, dataset: DetectionDataset, base: Loaded) -> Contract:
+    """Write down what this run assumes, for every later step to match."""
+    size = base.processor.image_processor.size
+    factor = base.processor.image_processor.patch_size * base.processor.image_processor.merge_size
+    rows = [
+        [sample.id, split, sample.boxes.tolist(), list(sample.labels)]
+        for split, samples in sorted(dataset.splits.items())
+        for sample in samples
+    ]
+    return Contract(
+        schema=SCHEMA,
+        system_prompt=SYSTEM_PROMPT,
+        user_prompt=build_user_prompt([escape_label(label) for label in dataset.labels]),
+        template_sha256=hashlib.sha256(base.processor.chat_template.encode()).hexdigest(),
+        codec=settings.model.codec,
+        codec_version=get_codec(settings.model.codec).VERSION,
+        min_pixels=size["shortest_edge"],
+        max_pixels=size["longest_edge"],
+        size_factor=factor,
+        box_order=settings.data.box_order,
+        labels=tuple(dataset.labels),
+        base_model=base.base,
+        base_fingerprint=fingerprint(base.model),
+        data_fingerprint=hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+        decoding={"do_sample": False, "max_new_tokens": settings.evaluation.max_new_tokens},
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in ("vlmdet", "torch", "transformers", "trl", "peft")},
+    )
+
+
+def train(prepared: Prepared, *, say: Say = print) -> Path:
+    """Train the prepared base and return the run's folder, in which `checkpoints/best` is the result.
+
+    When: once per run.
+
+    Raises:
+        TrainingError: nothing is trainable, the model is wrapped already, or the first batch's labels are not exactly
+            the answers.
+    """
+    settings, folder, contract = prepared.settings, prepared.folder, prepared.contract
+    training = settings.training
+    transformers.set_seed(training.seed)
+    logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
+
+    # 1. Rows: conversation and picture, written once; changed at every access only where augmentation is on.
+    rows = training_rows(prepared)
+    steps = planned_steps(settings, len(rows))
+    size = training.batch_size * training.gradient_accumulation
+    how = f"limited to {steps}" if training.max_steps else f"x {training.epochs:g} epochs -> {steps}"
+    say(f"steps: {len(rows)} rows / {size} a step {how} steps")
+
+    # 2. The adapter is described here and built by the trainer, once.
+    model = prepared.base.model
+    peft_config = None
+    if training.method == "lora":
+        lora = settings.lora
+        peft_config = build_lora_config(
+            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets
+        )
+    model.config.use_cache = False
+
+    # 3. Callbacks: norms, scores, pictures, log, in this order.
+    (folder / "train").mkdir()
+    watched = list(prepared.dataset.splits.get("val", []))[: training.eval_rows]
+    evaluation = IoUEvalCallback(
+        partial(predict_watched, prepared=prepared, samples=watched),
+        labels=contract.labels,
+        every=training.eval_every,
+        metrics_csv=folder / "train" / "metrics.csv",
+        write_contract=contract.write,
+    )
+    callbacks = [
+        GradNormCallback(),
+        evaluation,
+        SamplePictureCallback(evaluation, watched, folder / "train" / "samples", count=training.sample_rows),
+        JsonLogCallback(folder / "train" / "log.jsonl"),
+    ]
+
+    # 4. The trainer. TRL's defaults that would do harm here are set: no truncation, no dropped columns, no hub.
+    arguments = SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=math.ceil(training.warmup_fraction * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=model.dtype == torch.bfloat16,
+        use_cpu=model.device.type == "cpu",
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_num_workers=training.loader_workers,
+        save_strategy="no",  # the evaluation callback asks for a checkpoint whenever it has scored one
+        eval_strategy="no",
+        logging_steps=max(1, min(10, steps // 10)),
+        logging_first_step=True,
+        report_to="none",
+        disable_tqdm=None,
+        seed=training.seed,
+        push_to_hub=False,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=make_collator(prepared),
+        processing_class=prepared.base.processor,
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    evaluation.log = trainer.log
+
+    # 5. What will train, before the first step; nothing trainable is an error.
+    say(format_areas(refuse_untrainable(trainer.model)))
+    trainer.train()
+    model.config.use_cache = True
+    best = (folder / "checkpoints" / "best").resolve()
+    say(f"best checkpoint: {best} (F1@0.5 {evaluation.best[0]:.3f}, mean best IoU {evaluation.best[1]:.3f} on {len(watched)} val pictures)")
+    return folder
+
+
+def training_rows(prepared: Prepared) -> datasets.Dataset:
+    """Make the rows that the trainer reads: `messages`, `image`, `boxes`, `labels`, `id`."""
+    settings = prepared.settings
+    rows = build_rows(
+        prepared.dataset.splits["train"],
+        labels=prepared.contract.labels,
+        codec=settings.model.codec,
+        box_order=settings.data.box_order,
+    )
+    augment = Augment(**asdict(settings.augment))
+    if augment.active:
+        rows = rows.with_transform(
+            partial(
+                augment_rows,
+                augment=augment,
+                asked=prepared.contract.labels,
+                codec=settings.model.codec,
+                box_order=settings.data.box_order,
+            )
+        )
+    return rows
+
+
+def planned_steps(settings: Settings, rows: int) -> int:
+    """Return the number of optimiser steps: rows over batches, rounded up, times epochs, or `max_steps`."""
+    training = settings.training
+    if training.max_steps:
+        return training.max_steps
+    batches = math.ceil(rows / training.batch_size)
+    return max(1, math.ceil(math.ceil(batches / training.gradient_accumulation) * training.epochs))
+
+
+def make_collator(prepared: Prepared) -> Any:
+    """Return the collator that the settings name, with the contract's pixel limits."""
+    kinds = {"v1": Qwen2VLCollatorV1, "v2": Qwen2VLCollatorV2, "v3": Qwen2VLCollatorV3}
+    return kinds[prepared.settings.training.collator](
+        prepared.base.processor, min_pixels=prepared.contract.min_pixels, max_pixels=prepared.contract.max_pixels
+    )
+
+
+def predict_watched(model: Any, *, prepared: Prepared, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Predict the validation pictures during training, with the contract's prompt, pixels and codec."""
+    contract = prepared.contract
+    return predict(
+        model,
+        prepared.base.processor,
+        samples,
+        labels=contract.labels,
+        codec=contract.codec,
+        min_pixels=contract.min_pixels,
+        max_pixels=contract.max_pixels,
+        size_factor=contract.size_factor,
+        batch_size=prepared.settings.evaluation.batch_size,
+        max_new_tokens=prepared.settings.evaluation.max_new_tokens,
+    )

@@ -1,0 +1,125 @@
+"""Fixtures that many tests share: the data beside the checkout, and the real Qwen2-VL vocabulary without a hub."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parents[1]
+CONTROL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+FIRST_CONTROL_ID = 151643
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with public data sets and reference files (`VLMDET_SHARED`, default `../shared`); skips where absent."""
+    folder = Path(os.environ.get("VLMDET_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no {folder}/data; set VLMDET_SHARED")
+    return folder
+
+
+def _package_file(package: str, file: str) -> Path:
+    """Find a file that an installed package ships, without importing the package; skips where absent."""
+    spec = importlib.util.find_spec(package)
+    path = Path(next(iter(spec.submodule_search_locations or []))) / file if spec is not None else None
+    if path is None or not path.is_file():
+        pytest.skip(f"the package {package} with its {file} is not installed")
+    return path
+
+
+def _write_vocabulary(tiktoken_file: Path, folder: Path) -> None:
+    """Turn tiktoken's ranks into `vocab.json` and `merges.txt`, as Qwen2 publishes them.
+
+    A token's merge is what byte-pair encoding makes of its bytes just before the last step: its two last parts.
+    """
+    lines = tiktoken_file.read_bytes().split(b"\n")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in shown}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in letters)}
+
+    def written(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token in ranks:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+            i = pairs.index(min(pairs))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(f"{written(parts[0])} {written(parts[1])}\n")
+    vocab = json.dumps(
+        {written(token): rank for token, rank in ranks.items()}, ensure_ascii=False, separators=(",", ":")
+    )
+    files = {"vocab.json": (vocab, "ca10d7e9fb3ed185"), "merges.txt": ("".join(merges), "599bab5407508877")}
+    for name, (text, sha256) in files.items():
+        found = hashlib.sha256(text.encode()).hexdigest()
+        assert found.startswith(sha256), f"{name} is not Qwen2's: sha256 {found}, published {sha256}…"
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+    (folder / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config()), encoding="utf-8")
+
+
+def _tokenizer_config() -> dict[str, Any]:
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "added_tokens_decoder": {
+            str(FIRST_CONTROL_ID + i): {"content": token, **plain} for i, token in enumerate(CONTROL_TOKENS)
+        },
+        "additional_special_tokens": list(CONTROL_TOKENS[1:]),
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 32768,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+
+
+@pytest.fixture(scope="session")
+def qwen_processor(request: pytest.FixtureRequest) -> Any:
+    """The real Qwen2-VL processor: true vocabulary, ids and chat template, built offline; skips where that cannot be.
+
+    The ranks ship with the PyPI package dashscope, the template with trl; the sums of both vocabulary files are those
+    of the published ones. The files are kept in pytest's cache.
+    """
+    ranks = _package_file("dashscope", "resources/qwen.tiktoken")
+    template = _package_file("trl", "chat_templates/qwen2_5_vl.jinja").read_text(encoding="utf-8")
+    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    folder = Path(request.config.cache.mkdir("qwen2-vl-vocabulary"))
+    if not (folder / "tokenizer_config.json").exists():  # written last
+        _write_vocabulary(ranks, folder)
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=template,
+    )
