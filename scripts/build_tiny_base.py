@@ -5,13 +5,14 @@ When: once; the result is committed under `src/vlmdet/models/tiny_base/`. On 2 C
     python scripts/build_tiny_base.py --out src/vlmdet/models/tiny_base --log experiments/tiny_base.jsonl
 
 Every step sees new pictures (`vlmdet.data.synthetic.shapes`), so the loss and IoU of the training batches are those of
-unseen data. The first `--vision-steps` train the vision tower alone, the rest the whole model. Three losses are added up, the
-last two through heads that are thrown away afterwards, because they break the plateau at which the coordinates of an
+unseen data. The first `--vision-steps` train the vision tower alone, the rest the whole model. Four losses are added up, the
+last three through heads that are thrown away afterwards, because they break the plateau at which the coordinates of an
 answer otherwise stay for thousands of steps:
 1. the answer's tokens; a number's target is a narrow bell over its neighbours, not one class in a thousand;
 2. on every image token as it leaves the vision tower: shape and colour of the object that covers it, and which part of
    its cell the object's box fills;
 3. on every image token half-way through the language model: the same part, as four numbers on the picture's own scale.
+4. on three heads of the last two layers: where a number is written, they look at the cells of the edge that it states.
 Matrices are trained with Muon (K. Jordan et al., 2024), which needed less than half as many steps here as AdamW.
 """
 
@@ -34,6 +35,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from vlmdet.data.synthetic.shapes import COLORS, SHAPES, Scene, draw_scene
 from vlmdet.grounding.prompts import NONE_ANSWER, SYSTEM_PROMPT, build_user_prompt
 from vlmdet.models.tiny import TINY_MAX_PIXELS, build_model, build_processor, build_tokenizer, number_ids
+from vlmdet.training.optim import Muon, muon_groups
 
 SIZES = ((196, 196), (224, 168), (168, 224), (196, 168), (168, 196), (168, 168), (196, 140), (140, 196))
 """Width and height in model pixels; one of them per batch, all within the base's pixel limits."""
@@ -44,14 +46,17 @@ animal vehicle fruit bottle box boxes detect find locate where which what is are
 2, 3, 4], "label": "x"}] <ref></ref><box></box> object objects region value small large left right top bottom""".split()
 
 
+def raster(boxes: np.ndarray) -> np.ndarray:
+    """Return the order of boxes (n, 4) from top to bottom, then left to right."""
+    return np.lexsort((boxes[:, 0], boxes[:, 1]))
+
+
 def answer_text(boxes: np.ndarray, label: str) -> str:
     """Write boxes (n, 4) xyxy fractions in Qwen2-VL's form, top to bottom."""
     parts = []
     grid = np.minimum(np.round(boxes * 1000), 999).astype(int)  # 1000 would be two tokens of the tiny vocabulary
-    for x1, y1, x2, y2 in grid[np.lexsort((grid[:, 0], grid[:, 1]))]:
-        parts.append(
-            f"<|object_ref_start|>{label}<|object_ref_end|><|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
-        )
+    for x1, y1, x2, y2 in grid[raster(boxes)]:
+        parts.append(f"<|object_ref_start|>{label}<|object_ref_end|><|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
     return "".join(parts) or NONE_ANSWER
 
 
@@ -77,35 +82,38 @@ class Questions(IterableDataset):
                 rng,
                 round(width * scale),
                 round(height * scale),
-                objects=1 if easy else int(rng.integers(1, 7)),
-                smallest=0.35 if easy else 0.13,
+                objects=1 if easy else int(rng.integers(1, 5)),
+                smallest=0.35 if easy else 0.18,
                 largest=0.75,
             )
             rows.append((scene, *self.ask(rng, scene, hard, most)))
         return self.collate(rows, width, height)
 
-    def ask(self, rng: np.random.Generator, scene: Scene, hard: float, most: int) -> tuple[str, str, str]:
-        """Choose a question with at most `most` boxes about a scene; returns system prompt, user prompt, answer."""
+    def ask(self, rng: np.random.Generator, scene: Scene, hard: float, most: int) -> tuple[str, str, str, np.ndarray]:
+        """Choose a question with at most `most` boxes about a scene; returns system, user, answer, boxes."""
         names = scene.names()
         present = sorted(set().union(*names))
         count = {name: sum(name in own for own in names) for name in present}
         choices = [name for name in present if count[name] <= most] or present
-        label = str(rng.choice(choices))
+        full = [name for name in choices if " " in name]  # mostly by colour and shape, sometimes by shape alone
+        label = str(rng.choice(full if full and rng.random() < 0.7 else choices))
         if rng.random() < 0.1 * hard:
             missing = sorted({*SHAPES, *(f"{c} {s}" for c in COLORS for s in SHAPES[:14])} - set(present))
             label = str(rng.choice(missing))
         boxes = scene.boxes[[label in own for own in names]]
         system = SYSTEM_PROMPT if rng.random() < 0.9 else str(rng.choice(OTHER_SYSTEM_PROMPTS))
-        return system, build_user_prompt([label]), answer_text(boxes, label)
+        return system, build_user_prompt([label]), answer_text(boxes, label), boxes[raster(boxes)]
 
-    def collate(self, rows: list[tuple[Scene, str, str, str]], width: int, height: int) -> dict[str, torch.Tensor]:
+    def collate(
+        self, rows: list[tuple[Scene, str, str, str, np.ndarray]], width: int, height: int
+    ) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
         images = [scene.image.resize((width, height), resample=2) for scene, *_ in rows]
         vision = self.processor.image_processor(images=images, return_tensors="pt")
         columns, lines = width // 28, height // 28
         pads = "<|image_pad|>" * (columns * lines)
         ids, labels = [], []
-        for _, system, user, answer in rows:
+        for _, system, user, answer, _ in rows:
             prompt = (
                 f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{user}"
                 "<|im_end|>\n<|im_start|>assistant\n"
@@ -116,7 +124,9 @@ class Questions(IterableDataset):
         pad = nn.utils.rnn.pad_sequence
         input_ids = pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
         cells = [cell_targets(scene, columns, lines) for scene, *_ in rows]
+        edges = [edge_targets(boxes, columns, lines) for *_, boxes in rows]
         return {
+            "edges": torch.cat(edges),
             "input_ids": input_ids,
             "attention_mask": (input_ids != tokenizer.pad_token_id).long(),
             "mm_token_type_ids": (input_ids == self.processor.image_token_id).int(),
@@ -153,36 +163,21 @@ def cell_targets(scene: Scene, columns: int, lines: int) -> tuple[torch.Tensor, 
     return torch.from_numpy(kind), torch.from_numpy(box).float()
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made nearly orthogonal by Newton-Schulz steps; for matrices (K. Jordan et al., 2024).
+def edge_targets(boxes: np.ndarray, columns: int, lines: int) -> torch.Tensor:
+    """Say in which cells the edge lies that each number of an answer states.
 
-    Three steps instead of the usual five: with small batches the products cost a third of the time otherwise.
-
-    torch has one too; it multiplies in bfloat16, which is sixty times slower than float32 on a CPU without AVX-512.
+    Output: (4 n, columns * lines) bool for n boxes: the cells of the left column of the box, of its top line, of its
+    right column, of its bottom line; a cell of which the box fills under a quarter is passed over.
     """
-
-    def __init__(self, params: Any, *, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.iterations = 3
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
-                mean.lerp_(weight.grad, 1 - group["momentum"])
-                x = weight.grad.lerp(mean, group["momentum"])
-                tall = x.shape[0] > x.shape[1]
-                x = x.T if tall else x
-                x = x / (x.norm() + 1e-7)
-                for _ in range(self.iterations):
-                    square = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-                x = x.T if tall else x
-                size = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(x, alpha=-group["lr"] * size)
+    masks = np.zeros((len(boxes), 4, lines, columns), dtype=bool)
+    size = np.array([columns, lines])
+    for mask, box in zip(masks, boxes, strict=True):
+        first = np.minimum(np.floor(box[:2] * size + 0.25).astype(int), size - 1)
+        last = np.maximum(np.ceil(box[2:] * size - 0.25).astype(int) - 1, first)
+        (left, top), (right, bottom) = first, last
+        mask[0, top : bottom + 1, left] = mask[2, top : bottom + 1, right] = True
+        mask[1, top, left : right + 1] = mask[3, bottom, left : right + 1] = True
+    return torch.from_numpy(masks.reshape(-1, lines * columns))
 
 
 class Helpers(nn.Module):
@@ -226,12 +221,22 @@ def losses(
         return result, figures
 
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
-    outputs = model.model(**inputs, mm_encoder_outputs={"image": vision}, output_hidden_states=True, use_cache=False)
+    outputs = model.model(
+        **inputs,
+        mm_encoder_outputs={"image": vision},
+        output_hidden_states=True,
+        output_attentions=True,
+        use_cache=False,
+    )
     table = model.get_input_embeddings().weight[numbers]
     middle = helpers.norm(outputs.hidden_states[2][batch["input_ids"] == model.config.image_token_id][covered])
-    result["middle"] = sum(
-        soft_numbers(head(middle) @ table.T, (box[covered, j] * 1000).round().clamp(max=999)) for j, head in enumerate(helpers.numbers)
-    ) / 4  # fmt: skip
+    result["middle"] = (
+        sum(
+            soft_numbers(head(middle) @ table.T, (box[covered, j] * 1000).round().clamp(max=999))
+            for j, head in enumerate(helpers.numbers)
+        )
+        / 4
+    )
 
     target = batch["labels"][:, 1:]
     kept = target != -100
@@ -246,9 +251,19 @@ def losses(
     reach = (inside.logsumexp(1) - in_numbers.logsumexp(1)).mean()  # the share of probability given to other tokens
     result["number"] = soft_numbers(in_numbers, value[target[is_number]]) + reach
 
+    row, place = kept.nonzero(as_tuple=True)
+    row, place = row[is_number], place[is_number]
+    start = (batch["input_ids"] == model.config.image_token_id).int().argmax(dim=1)[row]
+    cell = start[:, None] + torch.arange(batch["edges"].shape[1])
+    looks = [outputs.attentions[layer][row, head, place] for layer, head in ((2, 0), (3, 0), (3, 1))]
+    shares = torch.stack([(look.gather(1, cell) * batch["edges"]).sum(dim=1) for look in looks])
+    result["look"] = -(shares + 1e-4).log().mean() if len(row) else torch.zeros(())
     with torch.no_grad():
         read = in_numbers.argmax(dim=1).float()
-        found, wanted = read[: len(read) // 4 * 4].view(-1, 4), value[target[is_number]][: len(read) // 4 * 4].view(-1, 4)
+        found, wanted = (
+            read[: len(read) // 4 * 4].view(-1, 4),
+            value[target[is_number]][: len(read) // 4 * 4].view(-1, 4),
+        )
         low, high = torch.maximum(found[:, :2], wanted[:, :2]), torch.minimum(found[:, 2:], wanted[:, 2:])
         both = (high - low).clamp(min=0).prod(1)
         area = (found[:, 2:] - found[:, :2]).clamp(min=0).prod(1) + (wanted[:, 2:] - wanted[:, :2]).prod(1)
@@ -261,6 +276,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--vision-steps", type=int, default=600)
+    parser.add_argument("--start", type=Path, help="go on from the weights of this folder")
+    parser.add_argument("--sharpen", type=float, default=1.0, help="multiply the last norm, and so all logits, by this")
     parser.add_argument("--vision-from", type=Path, help="start with the vision tower of this folder")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW takes a tenth")
@@ -274,31 +291,46 @@ def main() -> None:
     corpus = [SYSTEM_PROMPT, *OTHER_SYSTEM_PROMPTS, *EXTRA_CORPUS, *(f" {word}" for word in EXTRA_CORPUS)] * 20
     corpus += [build_user_prompt([name]) + answer_text(np.array([[0.1, 0.2, 0.3, 0.4]] * 2), name) for name in names]
     corpus += [build_user_prompt(names[i : i + 3]) for i in range(0, len(names), 3)]
-    corpus = [piece for line in corpus for piece in line.replace("<|", "|>").split("|>") if not piece.endswith(("start", "end"))]
+    corpus = [
+        piece
+        for line in corpus
+        for piece in line.replace("<|", "|>").split("|>")
+        if not piece.endswith(("start", "end"))
+    ]
     corpus += ["system\n", "user\n", "assistant\n"] * 50
     tokenizer = build_tokenizer(corpus)
     template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5_vl.jinja").read_text(encoding="utf-8")
     processor = build_processor(tokenizer, template)
     model = build_model(tokenizer, seed=args.seed)
+    model.set_attn_implementation({"text_config": "eager"})  # loss 4 needs to see attention
+    if args.start:
+        model.load_state_dict(
+            Qwen2VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32).state_dict()
+        )
+    if args.sharpen != 1.0:
+        with torch.no_grad():
+            model.model.language_model.norm.weight.mul_(args.sharpen)
     if args.vision_from:
         trained = Qwen2VLForConditionalGeneration.from_pretrained(args.vision_from, dtype=torch.float32)
         model.model.visual.load_state_dict(trained.model.visual.state_dict())
     numbers, _ = number_ids(tokenizer)
+    split = [value for value in range(1000) if len(tokenizer(str(value))["input_ids"]) != 1]
+    if split:
+        raise SystemExit(f"{len(split)} numbers are not one token: {split[:5]}")
     helpers = Helpers(model.config.text_config.hidden_size)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces, {TINY_MAX_PIXELS} pixels")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces, {TINY_MAX_PIXELS} pixels"
+    )
 
-    matrices = [w for name, w in model.model.named_parameters() if w.ndim == 2 and "embed" not in name and w.numel() < 500_000]
-    chosen = {id(weight) for weight in matrices}
-    others = [w for w in [*model.parameters(), *helpers.parameters()] if id(w) not in chosen]
-    optimizers = [
-        Muon(matrices, lr=args.lr),
-        torch.optim.AdamW(others, lr=args.lr / 10, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-    ]
+    groups = muon_groups(model, lr=args.lr, weight_decay=0.01)
+    groups.append({"params": [*helpers.parameters()], "lr": args.lr / 10, "weight_decay": 0.01, "muon": False})
+    optimizer = Muon(groups, lr=args.lr)
+    others = [weight for group in groups if not group["muon"] for weight in group["params"]]
 
     def rate(step: int) -> float:
-        return min((step + 1) / 30, 1.0) * min(1.0, max(1.0 - step / args.steps, 0.01) / 0.5)
+        return min((step + 1) / 60, 1.0) * min(1.0, max(1.0 - step / args.steps, 0.01) / 0.5)
 
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     stream = Questions(processor, batch=args.batch, steps=args.steps, ramp=args.ramp, seed=args.seed)
     loader = DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4, multiprocessing_context="spawn")
     args.log.parent.mkdir(parents=True, exist_ok=True)
@@ -309,15 +341,18 @@ def main() -> None:
             terms, figures = losses(model, helpers, batch, numbers, vision_only=step <= args.vision_steps)
             torch.stack([*terms.values()]).sum().backward()
             nn.utils.clip_grad_norm_(others, 1.0)
-            for optimizer, schedule in zip(optimizers, schedules):
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
             for key, number in {**{k: float(v.detach()) for k, v in terms.items()}, **figures}.items():
                 sums[key] = sums.get(key, 0.0) + number
             count += 1
             if step % 25 == 0 or step == args.steps:
-                row = {"step": step, "seconds": round(time.time() - started), **{k: round(v / count, 4) for k, v in sums.items()}}
+                row = {
+                    "step": step,
+                    "seconds": round(time.time() - started),
+                    **{k: round(v / count, 4) for k, v in sums.items()},
+                }
                 print(json.dumps(row), flush=True)
                 log.write(json.dumps(row) + "\n")
                 log.flush()

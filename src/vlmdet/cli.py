@@ -196,7 +196,7 @@ def _eval(args: argparse.Namespace) -> None:
     from vlmdet.contract import Contract
     from vlmdet.errors import DataError, did_you_mean
     from vlmdet.evaluation.compare import paired_difference
-    from vlmdet.evaluation.evaluate import evaluate, format_comparison
+    from vlmdet.evaluation.evaluate import evaluate, format_comparison, format_difference
     from vlmdet.evaluation.files import read_predictions
     from vlmdet.models.loader import load
     from vlmdet.training.callbacks import draw_rows
@@ -238,8 +238,7 @@ def _eval(args: argparse.Namespace) -> None:
             for metric in ("mean_best_iou", "f1_50")
         }
         for metric, change in result["difference"].items():
-            verdict = "" if change["separable"] else "  not separable"
-            say(f"tuned - base, {metric}: {change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f}){verdict}")
+            say(format_difference(metric, change))
     say(f"predictions and pictures: {folder / 'eval' / split}")
     if args.json:
         print(json.dumps(result))
@@ -248,7 +247,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from vlmdet.images import open_image
 
-    pictures = [(path, open_image(path)) for path in args.images]
+    sizes = [open_image(path).size for path in args.images]
 
     from vlmdet.boxes import Boxes
     from vlmdet.evaluation.predict import predict
@@ -262,7 +261,8 @@ def _predict(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.model} is no run, so it does not know what to look for", "name it with --classes")
     size = loaded.processor.image_processor.size
     samples = [
-        Sample(str(path), path, image.width, image.height, Boxes.empty(), (), source=str(path)) for path, image in pictures
+        Sample(str(path), path, width, height, Boxes.empty(), (), source=str(path))
+        for path, (width, height) in zip(args.images, sizes, strict=True)
     ]
     codec = loaded.contract.codec if loaded.contract else "qwen2_vl"
     rows = predict(
@@ -276,9 +276,13 @@ def _predict(args: argparse.Namespace) -> None:
         size_factor=loaded.contract.size_factor if loaded.contract else 28,
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    for row, (path, image) in zip(rows, pictures, strict=True):
+    taken: set[Path] = set()
+    for row, path in zip(rows, args.images, strict=True):
         drawn = args.out / f"{path.stem}.png"
-        visualize_bbox_on_image(image, row["boxes"], row["labels"]).save(drawn)
+        while drawn in taken:  # two pictures of one name from different folders
+            drawn = drawn.with_stem(f"{drawn.stem}-again")
+        taken.add(drawn)
+        visualize_bbox_on_image(open_image(path), row["boxes"], row["labels"]).save(drawn)
         print(json.dumps({**{key: value for key, value in row.items() if key != "truth"}, "drawn": str(drawn)}))
 
 

@@ -5,6 +5,7 @@ When: `vlmdet demo`; it composes what the other verbs do, and nothing here is ne
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any
 from vlmdet.config import find_recipe, load_settings
 from vlmdet.data.synthetic.packages import write_drawn_set
 from vlmdet.evaluation.compare import paired_difference
-from vlmdet.evaluation.evaluate import evaluate, format_comparison
+from vlmdet.evaluation.evaluate import evaluate, format_comparison, format_difference
 from vlmdet.evaluation.files import read_predictions
 from vlmdet.models.loader import load
 from vlmdet.training.callbacks import draw_rows
 from vlmdet.training.train import prepare, train
 
-TRAIN, VAL, TEST = 32, 8, 8
+TRAIN, VAL, TEST = 768, 48, 96
 """Pictures drawn for each split; the test pictures are seen by nothing but the two scores."""
 
 
@@ -35,8 +36,10 @@ def run_demo(
     """
     started = time.monotonic()
     source = Path("runs") / name / f"drawn-{seed}"
-    if not (source / "data").is_dir():
-        write_drawn_set(source, train=TRAIN, val=VAL, test=TEST, seed=seed)
+    if not source.is_dir():  # drawn beside and then renamed, so that a folder of this name is always whole
+        part = source.with_name(f"{source.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        write_drawn_set(part, train=TRAIN, val=VAL, test=TEST, seed=seed).rename(source)
     say(f"drew {TRAIN + VAL + TEST} pictures of food packages into {source} ({time.monotonic() - started:.0f} s)")
 
     settings = load_settings(find_recipe("tiny"), [f"data.source={source}", f"name={name}", *overrides])
@@ -70,8 +73,7 @@ def run_demo(
     say(f"\nbase and tuned, same prompt, pixels and parser, {len(samples)} unseen drawn pictures, 95 % intervals")
     say(format_comparison({"base": base, "tuned": tuned}, ["base", "tuned"]))
     for metric, change in difference.items():
-        verdict = "" if change["separable"] else "  not separable"
-        say(f"tuned - base, {metric}: {change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f}), paired{verdict}")
+        say(format_difference(metric, change))
     say(f"\npictures, truth dashed green, prediction solid red: {picture}")
     say(f"took {seconds:.0f} s; run folder: {prepared.folder}")
     say(f"next:\n  vlmdet predict YOUR_PICTURE.jpg --model {prepared.folder}")

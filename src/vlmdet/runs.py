@@ -54,5 +54,7 @@ def need_run(name: str | Path) -> Path:
     folder = find_run(name)
     if folder is None:
         there = sorted(str(path) for path in RUNS.glob("*/*") if is_finished(path))
-        raise DataError(f"{name}: no finished run there", f"there is: {', '.join(there[-8:]) or 'none yet; see vlmdet train'}")
+        raise DataError(
+            f"{name}: no finished run there", f"there is: {', '.join(there[-8:]) or 'none yet; see vlmdet train'}"
+        )
     return folder

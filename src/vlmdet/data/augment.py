@@ -47,7 +47,9 @@ class Augment:
     def __call__(self, image: Image.Image, boxes: Boxes, rng: np.random.Generator) -> tuple[Image.Image, Boxes]:
         """Change one upright RGB picture and its boxes; returns new ones, the boxes cut to the picture."""
         points = tv_tensors.BoundingBoxes(  # type: ignore[call-arg]
-            torch.from_numpy(boxes.to_array(_PIXELS, *image.size)), format="XYXY", canvas_size=(image.height, image.width)
+            torch.from_numpy(boxes.to_array(_PIXELS, *image.size)),
+            format="XYXY",
+            canvas_size=(image.height, image.width),
         )
         if rng.random() < self.flip_horizontal:
             image, points = F.horizontal_flip(image), F.horizontal_flip(points)
@@ -76,9 +78,7 @@ class Augment:
     @property
     def active(self) -> bool:
         """Tell whether any chance is above 0."""
-        return any(
-            (self.flip_horizontal, self.flip_vertical, self.rotate, self.crop, self.shrink, self.color)
-        )
+        return any((self.flip_horizontal, self.flip_vertical, self.rotate, self.crop, self.shrink, self.color))
 
 
 def _window(rng: np.random.Generator, points: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:

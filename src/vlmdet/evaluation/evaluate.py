@@ -5,15 +5,15 @@ When: AFTER training; base and tuned go through the same function with the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmdet.contract import Contract
+from vlmdet.contract import Contract, refuse_mismatch
 from vlmdet.evaluation.files import write_predictions, write_results
 from vlmdet.evaluation.metrics import per_image, score_rows
 from vlmdet.evaluation.predict import predict, print_progress
-from vlmdet.models.loader import Loaded
+from vlmdet.models.loader import Loaded, make_contract
 from vlmdet.records import Sample
 
 
@@ -38,8 +38,18 @@ def evaluate(
     `results.csv` and `per_image.csv`.
 
     Raises:
+        ContractError: the model, its processor or this version of the tool would ask or read otherwise than the contract.
         DataError: too many pictures could not be opened.
     """
+    now = make_contract(
+        loaded,
+        labels=contract.labels,
+        codec=contract.codec,
+        box_order=contract.box_order,
+        max_new_tokens=max_new_tokens,
+        data_fingerprint=contract.data_fingerprint,
+    )
+    refuse_mismatch(contract, now)
     rows = predict(
         loaded.model,
         loaded.processor,
@@ -94,3 +104,14 @@ def format_figure(figure: dict[str, Any] | None) -> str:
     if figure["low"] is None:
         return f"{figure['value']:.3f}"
     return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+
+
+def format_difference(metric: str, change: Mapping[str, Any]) -> str:
+    """Write a paired difference as `tuned - base, f1_50: +0.301 (+0.204 to +0.398)`, and whether it is separable from 0."""
+    if change["value"] is None:
+        return f"tuned - base, {metric}: undefined"
+    verdict = "" if change["separable"] else ", not separable"
+    return (
+        f"tuned - base, {metric}: {change['value']:+.3f} "
+        f"({change['low']:+.3f} to {change['high']:+.3f}), paired, n = {change['n']}{verdict}"
+    )

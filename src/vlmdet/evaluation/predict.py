@@ -68,7 +68,9 @@ def predict(
                 max_new_tokens=max_new_tokens,
             )
             for i, image, answer in zip(ready, images, answers, strict=True):
-                view = plan_view(image.width, image.height, min_pixels=min_pixels, max_pixels=max_pixels, factor=size_factor)
+                view = plan_view(
+                    image.width, image.height, min_pixels=min_pixels, max_pixels=max_pixels, factor=size_factor
+                )
                 parsed = get_codec(codec).parse(answer.text, view)
                 rows[i] = _row(samples[i], answer=answer, status=parsed.status) | {
                     "boxes": parsed.boxes.tolist(),

@@ -125,7 +125,13 @@ def run_qwen2vl_inference(
     """
     messages = build_messages(labels)
     (answer,) = generate_answers(
-        model, processor, [messages], [image], min_pixels=min_pixels, max_pixels=max_pixels, max_new_tokens=max_new_tokens
+        model,
+        processor,
+        [messages],
+        [image],
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        max_new_tokens=max_new_tokens,
     )
     return answer.text
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
-from vlmdet.contract import Contract
+import vlmdet
+from vlmdet.contract import SCHEMA, Contract
 from vlmdet.errors import ModelError
+from vlmdet.grounding import get_codec
+from vlmdet.grounding.codec import escape_label
+from vlmdet.grounding.prompts import SYSTEM_PROMPT, build_user_prompt
 from vlmdet.models.lora import refuse_zero_adapter
 from vlmdet.models.tiny import TINY_DIR
 from vlmdet.runs import find_run
@@ -32,19 +39,24 @@ class Loaded:
         model: in evaluation mode, on its device.
         processor: with the pixel limits of `min_pixels` and `max_pixels`.
         base: id or path of the base; `tiny` for the embedded one.
+        base_fingerprint: hash of the base's tensors, as found now for a base or an adapter's base; for a fully tuned model,
+            whose base is not at hand, the one that its contract names.
         contract: what the run assumed that tuned it; None for a base.
     """
 
     model: Any
     processor: Any
     base: str
+    base_fingerprint: str
     contract: Contract | None = None
 
 
 def checkpoint_of(name: str) -> Path | None:
     """Find the weights that a user means by the name of a run or of a checkpoint folder; None where it is neither."""
     folder = Path(name)
-    if (folder / "contract.json").is_file() and any((folder / f).is_file() for f in ("config.json", "adapter_config.json")):
+    if (folder / "contract.json").is_file() and any(
+        (folder / f).is_file() for f in ("config.json", "adapter_config.json")
+    ):
         return folder
     run = find_run(name)
     return (run / "checkpoints" / "best").resolve() if run else None
@@ -80,8 +92,8 @@ def load(
     weights = base if run is None or adapter else str(run)
     where = _device(device)
     model = _load_base(weights, dtype=_dtype(dtype, where), attention=attention)
+    found = contract.base_fingerprint if contract is not None and not adapter else fingerprint(model)
     if contract is not None and adapter:
-        found = fingerprint(model)
         if found != contract.base_fingerprint:
             raise ModelError(
                 f"{name} was tuned on a base with fingerprint {contract.base_fingerprint}, but {base} now has {found}",
@@ -90,7 +102,7 @@ def load(
         model = PeftModel.from_pretrained(model, str(run), config=PeftConfig.from_pretrained(str(run)))
         refuse_zero_adapter(model, name)
     processor = load_processor(str(run) if run else base, min_pixels=min_pixels, max_pixels=max_pixels)
-    return Loaded(model.to(where).eval(), processor, base, contract)
+    return Loaded(model.to(where).eval(), processor, base, found, contract)
 
 
 def _load_base(name: str, *, dtype: torch.dtype, attention: str) -> Any:
@@ -103,7 +115,9 @@ def _load_base(name: str, *, dtype: torch.dtype, attention: str) -> Any:
         if kind != "qwen2_vl":
             raise ModelError(f"{name} is a '{kind}', not a qwen2_vl", "only Qwen2-VL is supported so far")
     elif Path(path).is_absolute() or path.startswith((".", "runs/")):
-        raise ModelError(f"{name}: no such folder, or no finished run in it", "name a run, a folder of weights or a hub id")
+        raise ModelError(
+            f"{name}: no such folder, or no finished run in it", "name a run, a folder of weights or a hub id"
+        )
     try:
         return Qwen2VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
@@ -137,10 +151,48 @@ def load_processor(name: str, *, min_pixels: int | None, max_pixels: int | None)
     return processor
 
 
+def make_contract(
+    loaded: Loaded,
+    *,
+    labels: Sequence[str],
+    codec: str,
+    box_order: str,
+    max_new_tokens: int,
+    data_fingerprint: str,
+) -> Contract:
+    """Write down what a run with this model assumes.
+
+    When: once when training is prepared, and again at every later use, to be compared with what was written then.
+
+    Input: a loaded model; `labels` that are asked for; the rest as it goes into the contract.
+    """
+    processor = loaded.processor
+    return Contract(
+        schema=SCHEMA,
+        system_prompt=SYSTEM_PROMPT,
+        user_prompt=build_user_prompt([escape_label(label) for label in labels]),
+        template_sha256=hashlib.sha256(processor.chat_template.encode()).hexdigest(),
+        codec=codec,
+        codec_version=get_codec(codec).VERSION,
+        min_pixels=processor.image_processor.size["shortest_edge"],
+        max_pixels=processor.image_processor.size["longest_edge"],
+        size_factor=processor.image_processor.patch_size * processor.image_processor.merge_size,
+        box_order=box_order,
+        labels=tuple(labels),
+        base_model=loaded.base,
+        base_fingerprint=loaded.base_fingerprint,
+        data_fingerprint=data_fingerprint,
+        decoding={"do_sample": False, "max_new_tokens": max_new_tokens},
+        versions={"python": platform.python_version(), "vlmdet": vlmdet.__version__}
+        | {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+    )
+
+
 def fingerprint(model: Any) -> str:
     """Hash some of a base's tensors, the first values of each, so that a changed base is noticed.
 
-    Output: 16 hexadecimal digits; equal for the same weights in float32 and bfloat16 as far as the first are bfloat16.
+    Output: 16 hexadecimal digits. The values are rounded to bfloat16 first, so that the data type in which a checkpoint is
+    loaded does not matter.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -79,7 +79,9 @@ def refuse_zero_adapter(model: nn.Module, name: str) -> None:
     """
     updates = [weight for key, weight in model.named_parameters() if "lora_B" in key]
     if not updates:
-        raise TrainingError(f"{name}: the adapter holds no LoRA layer that fits the model", "check the base it was made for")
+        raise TrainingError(
+            f"{name}: the adapter holds no LoRA layer that fits the model", "check the base it was made for"
+        )
     if not any(bool(weight.detach().any()) for weight in updates):
         raise TrainingError(f"{name}: every update of the adapter is zero, so it equals the base", "train it first")
 

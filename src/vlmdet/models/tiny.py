@@ -109,8 +109,13 @@ def _with_numbers(backend: Tokenizer, numbers: list[str]) -> tuple[dict[str, int
     for number in numbers:
         if number not in vocab:
             vocab[number] = len(vocab)
-        if len(number) > 1 and (number[:-1], number[-1]) not in merges:
-            merges.append((number[:-1], number[-1]))
+    known = set(merges)
+    for number in numbers:
+        # both ways to split it: in "910" the pair "10" may be merged before "91" is
+        for cut in range(1, len(number)):
+            pair = (number[:cut], number[cut:])
+            if pair[0] in vocab and pair[1] in vocab and pair not in known:
+                merges.append(pair)
     return vocab, merges
 
 

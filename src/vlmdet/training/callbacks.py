@@ -70,7 +70,9 @@ class GradNormCallback(TrainerCallback):
         if logs is not None and "loss" in logs:
             logs.update({f"grad_norm/{area}": round(norm, 5) for area, norm in self.norms().items()})
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -113,9 +115,7 @@ class IoUEvalCallback(TrainerCallback):
         self.log: Callable[[dict[str, float]], None] | None = None  # the trainer's own `log`, once there is a trainer
         self._scored = -1
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         due = self.every > 0 and state.global_step % self.every == 0
         if not due and state.global_step < state.max_steps:
             return
@@ -179,9 +179,7 @@ class SamplePictureCallback(TrainerCallback):
         self.folder = folder
         self._drawn = 0
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.samples or len(self.evaluation.history) == self._drawn:
             return
         self._drawn = len(self.evaluation.history)

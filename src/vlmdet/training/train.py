@@ -14,12 +14,10 @@ import hashlib
 import json
 import logging
 import math
-import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ import transformers
 from trl import SFTConfig, SFTTrainer
 
 from vlmdet.config import Settings, to_yaml
-from vlmdet.contract import SCHEMA, Contract
+from vlmdet.contract import Contract
 from vlmdet.data.augment import Augment, augment_rows
 from vlmdet.data.collators import Qwen2VLCollatorV1, Qwen2VLCollatorV2, Qwen2VLCollatorV3
 from vlmdet.data.dataset import build_rows
@@ -37,15 +35,13 @@ from vlmdet.data.readers import open_dataset
 from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
 from vlmdet.errors import DataError, TrainingError
 from vlmdet.evaluation.predict import predict
-from vlmdet.grounding import get_codec
-from vlmdet.grounding.codec import escape_label
-from vlmdet.grounding.prompts import SYSTEM_PROMPT, build_user_prompt
-from vlmdet.models.loader import Loaded, fingerprint, load
+from vlmdet.models.loader import Loaded, load, make_contract
 from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable
 from vlmdet.records import DetectionDataset, Sample
 from vlmdet.runs import new_run
-from vlmdet.utils.environment import describe_environment, format_environment
 from vlmdet.training.callbacks import GradNormCallback, IoUEvalCallback, JsonLogCallback, SamplePictureCallback
+from vlmdet.training.optim import Muon, muon_groups
+from vlmdet.utils.environment import describe_environment, format_environment
 
 Say = Callable[[str], None]
 
@@ -71,7 +67,9 @@ def read_data(settings: Settings, say: Say) -> DetectionDataset:
     """
     data = settings.data
     dataset = open_dataset(data.source, format=data.format)
-    dataset = select(dataset, classes=data.classes or None, rename=data.rename or None, limit=data.limit, seed=data.seed)
+    dataset = select(
+        dataset, classes=data.classes or None, rename=data.rename or None, limit=data.limit, seed=data.seed
+    )
     dataset, note = ensure_val(dataset, fraction=data.val_fraction, seed=data.seed)
     counts = ", ".join(f"{name} {len(samples)}" for name, samples in dataset.splits.items())
     say(f"data: {data.source}: {counts} pictures; boxes read as {dataset.box_format} ({dataset.decided_by})")
@@ -98,9 +96,11 @@ def prepare(settings: Settings, *, command: str = "", say: Say = print) -> Prepa
     """
     dataset = read_data(settings, say)
     used = [sample for name in ("train", "val") for sample in dataset.splits.get(name, ())]
+    before = sum(problem.action == "row_dropped" for problem in dataset.problems)
+    total = sum(len(samples) for samples in dataset.splits.values()) + before
     dataset = drop_rows(dataset, check_pictures(used))
     problems = dataset.problems
-    refuse_above(problems, len(used), share=settings.data.max_problems)
+    refuse_above(problems, total, share=settings.data.max_problems)
 
     model = settings.model
     base = load(
@@ -112,8 +112,17 @@ def prepare(settings: Settings, *, command: str = "", say: Say = print) -> Prepa
         max_pixels=model.max_pixels,
     )
     if base.contract is not None:
-        raise TrainingError(f"{model.name} is a tuned run", "training on top of a run is not supported yet; name its base")
-    contract = make_contract(settings, dataset, base)
+        raise TrainingError(
+            f"{model.name} is a tuned run", "training on top of a run is not supported yet; name its base"
+        )
+    contract = make_contract(
+        base,
+        labels=dataset.labels,
+        codec=model.codec,
+        box_order=settings.data.box_order,
+        max_new_tokens=settings.evaluation.max_new_tokens,
+        data_fingerprint=fingerprint_rows(dataset),
+    )
 
     folder = new_run(settings.name)
     (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
@@ -127,34 +136,14 @@ def prepare(settings: Settings, *, command: str = "", say: Say = print) -> Prepa
     return Prepared(settings, folder, dataset, base, contract)
 
 
-def make_contract(settings: Settings, dataset: DetectionDataset, base: Loaded) -> Contract:
-    """Write down what this run assumes, for every later step to match."""
-    size = base.processor.image_processor.size
-    factor = base.processor.image_processor.patch_size * base.processor.image_processor.merge_size
+def fingerprint_rows(dataset: DetectionDataset) -> str:
+    """Hash ids, splits, boxes and labels of a data set: 16 hexadecimal digits."""
     rows = [
         [sample.id, split, sample.boxes.tolist(), list(sample.labels)]
         for split, samples in sorted(dataset.splits.items())
         for sample in samples
     ]
-    return Contract(
-        schema=SCHEMA,
-        system_prompt=SYSTEM_PROMPT,
-        user_prompt=build_user_prompt([escape_label(label) for label in dataset.labels]),
-        template_sha256=hashlib.sha256(base.processor.chat_template.encode()).hexdigest(),
-        codec=settings.model.codec,
-        codec_version=get_codec(settings.model.codec).VERSION,
-        min_pixels=size["shortest_edge"],
-        max_pixels=size["longest_edge"],
-        size_factor=factor,
-        box_order=settings.data.box_order,
-        labels=tuple(dataset.labels),
-        base_model=base.base,
-        base_fingerprint=fingerprint(base.model),
-        data_fingerprint=hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
-        decoding={"do_sample": False, "max_new_tokens": settings.evaluation.max_new_tokens},
-        versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("vlmdet", "torch", "transformers", "trl", "peft")},
-    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def train(prepared: Prepared, *, say: Say = print) -> Path:
@@ -217,7 +206,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         warmup_steps=math.ceil(training.warmup_fraction * steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing=training.gradient_checkpointing,
         bf16=model.dtype == torch.bfloat16,
         use_cpu=model.device.type == "cpu",
         max_length=None,
@@ -241,6 +230,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         processing_class=prepared.base.processor,
         peft_config=peft_config,
         callbacks=callbacks,
+        optimizers=(make_optimizer(model, settings), None),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     evaluation.log = trainer.log
@@ -250,7 +240,8 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     trainer.train()
     model.config.use_cache = True
     best = (folder / "checkpoints" / "best").resolve()
-    say(f"best checkpoint: {best} (F1@0.5 {evaluation.best[0]:.3f}, mean best IoU {evaluation.best[1]:.3f} on {len(watched)} val pictures)")
+    f1, iou = evaluation.best
+    say(f"best checkpoint: {best} (F1@0.5 {f1:.3f}, mean best IoU {iou:.3f} on {len(watched)} val pictures)")
     return folder
 
 
@@ -275,6 +266,15 @@ def training_rows(prepared: Prepared) -> datasets.Dataset:
             )
         )
     return rows
+
+
+def make_optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer | None:
+    """Return Muon where the settings ask for it; None leaves AdamW to the trainer."""
+    training = settings.training
+    if training.optimizer == "adamw":
+        return None
+    groups = muon_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay)
+    return Muon(groups, lr=training.learning_rate)
 
 
 def planned_steps(settings: Settings, rows: int) -> int:

@@ -37,6 +37,10 @@ POLYGON_SHAPES = (
 PATTERN_SHAPES = ("barcode", "text block", "checkerboard", "stripes", "dots")
 SHAPES = POLYGON_SHAPES + PATTERN_SHAPES
 
+_RARE = ("frame", "diamond", "crescent", "hexagon", "flower")  # hard to tell from others at the base's 14-pixel patches
+_CHANCES = np.array([0.2 if shape in _RARE else 1.0 for shape in SHAPES])
+_CHANCES /= _CHANCES.sum()
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -53,7 +57,10 @@ class Scene:
 
     def names(self) -> list[set[str]]:
         """Return, for each object, every name that fits it: `{"star", "red star"}`."""
-        return [{shape} | ({f"{color} {shape}"} if color else set()) for shape, color in zip(self.shapes, self.colors)]
+        return [
+            {shape} | ({f"{color} {shape}"} if color else set())
+            for shape, color in zip(self.shapes, self.colors, strict=True)
+        ]
 
 
 def draw_scene(
@@ -77,7 +84,7 @@ def draw_scene(
             break
         # a repeated name now and then, so that several boxes of one name occur
         repeat = bool(shapes) and rng.random() < 0.3
-        shape = str(shapes[-1] if repeat else rng.choice(SHAPES))
+        shape = str(shapes[-1] if repeat else rng.choice(SHAPES, p=_CHANCES))
         longer = rng.uniform(smallest, largest) * min(width, height)
         center = rng.uniform(0, width), rng.uniform(0, height)
         if shape in POLYGON_SHAPES:
@@ -88,7 +95,12 @@ def draw_scene(
             color = None
             aspect = 1.0 if shape == "checkerboard" else rng.uniform(0.45, 1.0)
             sides = (longer, longer * aspect) if rng.random() < 0.6 else (longer * aspect, longer)
-            box = (center[0] - sides[0] / 2, center[1] - sides[1] / 2, center[0] + sides[0] / 2, center[1] + sides[1] / 2)
+            box = (
+                center[0] - sides[0] / 2,
+                center[1] - sides[1] / 2,
+                center[0] + sides[0] / 2,
+                center[1] + sides[1] / 2,
+            )
         if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height or any(_covers(box, other) for other in boxes):
             continue
         if color is not None:
@@ -114,7 +126,7 @@ def _shift(rng: np.random.Generator, color: Color, amount: int) -> Color:
 
 
 def _close(first: Color, second: Color) -> bool:
-    return sum(abs(a - b) for a, b in zip(first, second)) < 110
+    return sum(abs(a - b) for a, b in zip(first, second, strict=True)) < 110
 
 
 def _covers(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
@@ -169,7 +181,9 @@ def _outline(rng: np.random.Generator, shape: str) -> list[np.ndarray]:
         return [np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]]
     if shape == "cross":
         w = rng.uniform(0.22, 0.36)
-        return [np.array([[-w, -1], [w, -1], [w, -w], [1, -w], [1, w], [w, w], [w, 1], [-w, 1], [-w, w], [-1, w], [-1, -w], [-w, -w]])]  # fmt: skip
+        arm = np.array([[-w, -1], [w, -1], [w, -w]])  # a quarter of the outline, turned four times
+        turns = [arm, arm[:, ::-1] * [-1, 1], -arm, arm[:, ::-1] * [1, -1]]
+        return [np.concatenate(turns)]
     if shape == "diamond":
         return [np.array([[0, -1], [0.62, 0], [0, 1], [-0.62, 0]])]
     if shape == "arrow":
@@ -177,7 +191,9 @@ def _outline(rng: np.random.Generator, shape: str) -> list[np.ndarray]:
     if shape == "crescent":
         outer = np.linspace(0.5, 2 * np.pi - 0.5, 24)
         inner = np.linspace(2 * np.pi - 0.75, 0.75, 24)
-        return [np.concatenate([np.stack([np.cos(outer), np.sin(outer)], 1), np.stack([np.cos(inner) * 0.75 + 0.32, np.sin(inner) * 0.72], 1)])]  # fmt: skip
+        back = np.stack([np.cos(outer), np.sin(outer)], axis=1)
+        front = np.stack([np.cos(inner) * 0.75 + 0.32, np.sin(inner) * 0.72], axis=1)
+        return [np.concatenate([back, front])]
     if shape == "hexagon":
         return [_circle(1.0, 6)]
     if shape == "bar":
@@ -249,5 +265,7 @@ def _paint_pattern(rng: np.random.Generator, image: Image.Image, shape: str, box
                 if shape == "checkerboard" and (i + j) % 2 == 0:
                     pen.rectangle((i * step, j * step, (i + 1) * step - 1, (j + 1) * step - 1), fill=(*ink, 255))
                 elif shape == "dots":
-                    pen.ellipse((i * step + step * 0.2, j * step + step * 0.2, i * step + step * 0.75, j * step + step * 0.75), fill=(*ink, 255))  # fmt: skip
+                    low, high = step * 0.2, step * 0.75
+                    spot = (i * step + low, j * step + low, i * step + high, j * step + high)
+                    pen.ellipse(spot, fill=(*ink, 255))
     image.paste(tile, (left, top), tile)
