@@ -19,7 +19,7 @@ from vlmdet.errors import ConfigError, VlmdetError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, or 2 for a user's mistake."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     # the libraries' own notes about themselves; ours are printed, errors are raised
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vlmdet {args.verb}: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line; settings such as `training.epochs=5` may stand before or after flags.
+
+    argparse gives a list of positionals to one place only, so those behind a flag come back as unknown.
+    """
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    odd = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if odd:
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:

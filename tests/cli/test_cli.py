@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmdet.cli import build_parser, main
+from vlmdet.cli import main, parse
 
 VERBS = ("demo", "train", "eval", "predict", "env")
 
@@ -88,11 +89,9 @@ def test_every_verb_shows_three_examples_that_it_would_take(verb: str, capsys: p
     text = capsys.readouterr().out
     examples = [line.strip() for line in text.split("examples:")[1].splitlines() if line.strip().startswith("vlmdet ")]
     assert len(examples) == 3
-    import shlex
-
     for example in examples:
         words = shlex.split(example.split(">")[0])[1:]
-        assert build_parser().parse_args(words).verb == verb
+        assert parse(words).verb == verb
 
 
 def test_env_is_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 import vlmdet
 from vlmdet.contract import SCHEMA, Contract
@@ -118,6 +120,8 @@ def _load_base(name: str, *, dtype: torch.dtype, attention: str) -> Any:
         raise ModelError(
             f"{name}: no such folder, or no finished run in it", "name a run, a folder of weights or a hub id"
         )
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         return Qwen2VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False

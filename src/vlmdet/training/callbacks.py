@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.evaluation.metrics import score_rows
@@ -223,3 +223,13 @@ class JsonLogCallback(TrainerCallback):
         if logs and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ProgressBar(ProgressCallback):
+    """Show the trainer's progress bar on stderr, without its habit of writing every log entry to stdout.
+
+    When: every step, where stderr is a terminal.
+    """
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Write nothing; `log.jsonl` has it."""

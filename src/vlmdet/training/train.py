@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +40,13 @@ from vlmdet.models.loader import Loaded, load, make_contract
 from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable
 from vlmdet.records import DetectionDataset, Sample
 from vlmdet.runs import new_run
-from vlmdet.training.callbacks import GradNormCallback, IoUEvalCallback, JsonLogCallback, SamplePictureCallback
+from vlmdet.training.callbacks import (
+    GradNormCallback,
+    IoUEvalCallback,
+    JsonLogCallback,
+    ProgressBar,
+    SamplePictureCallback,
+)
 from vlmdet.training.optim import Muon, muon_groups
 from vlmdet.utils.environment import describe_environment, format_environment
 
@@ -233,6 +240,9 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         optimizers=(make_optimizer(model, settings), None),
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.ProgressCallback)  # it writes every log to stdout, which --json keeps clean
+    if sys.stderr.isatty():
+        trainer.add_callback(ProgressBar)
     evaluation.log = trainer.log
 
     # 5. What will train, before the first step; nothing trainable is an error.
