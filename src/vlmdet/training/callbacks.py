@@ -126,7 +126,9 @@ class IoUEvalCallback(TrainerCallback):
         self.history.append(row)
         self._scored = state.global_step
         if self.log is not None:
+            due = control.should_log  # a log in between would take the trainer's own entry of this step with it
             self.log({f"eval/{name}": round(value, 5) for name, value in row.items() if name != "step"})
+            control.should_log = due
         self._append(row, list(figures))
         control.should_save = True
 
