@@ -265,8 +265,10 @@ def _predict(args: argparse.Namespace) -> None:
     sizes = [open_image(path).size for path in args.images]
 
     from vlmdet.boxes import Boxes
+    from vlmdet.contract import refuse_mismatch
     from vlmdet.evaluation.predict import predict
-    from vlmdet.models.loader import load
+    from vlmdet.models.inference import MAX_NEW_TOKENS
+    from vlmdet.models.loader import load, make_contract
     from vlmdet.records import Sample
     from vlmdet.utils.visualization import visualize_bbox_on_image
 
@@ -274,22 +276,21 @@ def _predict(args: argparse.Namespace) -> None:
     labels = tuple(args.classes or (loaded.contract.labels if loaded.contract else ()))
     if not labels:
         raise ConfigError(f"{args.model} is no run, so it does not know what to look for", "name it with --classes")
-    size = loaded.processor.image_processor.size
+    contract = make_contract(
+        loaded,
+        labels=labels,
+        codec=loaded.contract.codec if loaded.contract else "qwen2_vl",
+        box_order="raster",
+        max_new_tokens=MAX_NEW_TOKENS,
+        data_fingerprint="",
+    )
+    if loaded.contract is not None:
+        refuse_mismatch(loaded.contract, contract)
     samples = [
         Sample(str(path), path, width, height, Boxes.empty(), (), source=str(path))
         for path, (width, height) in zip(args.images, sizes, strict=True)
     ]
-    codec = loaded.contract.codec if loaded.contract else "qwen2_vl"
-    rows = predict(
-        loaded.model,
-        loaded.processor,
-        samples,
-        labels=labels,
-        codec=codec,
-        min_pixels=size["shortest_edge"],
-        max_pixels=size["longest_edge"],
-        size_factor=loaded.contract.size_factor if loaded.contract else 28,
-    )
+    rows = predict(loaded.model, loaded.processor, samples, contract=contract)
     args.out.mkdir(parents=True, exist_ok=True)
     taken: set[Path] = set()
     for row, path in zip(rows, args.images, strict=True):

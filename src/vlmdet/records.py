@@ -6,7 +6,7 @@ When: ALWAYS. Readers make them, everything else takes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,3 @@ class DetectionDataset:
     decided_by: str
     problems: list[Problem] = field(default_factory=list)
     notes: tuple[str, ...] = ()
-
-    def with_splits(self, splits: dict[str, Sequence[Sample]]) -> DetectionDataset:
-        """Return the same data set with other splits."""
-        return replace(self, splits=splits)

@@ -16,7 +16,7 @@ from torch import nn
 
 from vlmdet.boxes import Boxes
 from vlmdet.config import Settings, load_settings
-from vlmdet.data.augment import Augment, augment_rows
+from vlmdet.data.augment import augment, augment_rows
 from vlmdet.errors import ConfigError, ModelError, TrainingError
 from vlmdet.grounding import View, get_codec
 from vlmdet.models.families import resolve_targets
@@ -187,7 +187,7 @@ def test_a_box_moves_with_its_picture(change: str) -> None:
     ImageDraw.Draw(image).rectangle((30, 20, 99, 69), fill=(255, 0, 0))
     boxes = Boxes(np.array([[30 / 200, 20 / 150, 100 / 200, 70 / 150]]))
     for seed in range(8):
-        moved, found = Augment(**{change: 1.0})(image, boxes, np.random.default_rng(seed))
+        moved, found = augment(image, boxes, np.random.default_rng(seed), **{change: 1.0})
         red = np.asarray(moved)[..., 0] > 200
         y, x = np.nonzero(red)
         seen = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]]) / [*moved.size, *moved.size]
@@ -198,9 +198,7 @@ def test_a_box_moves_with_its_picture(change: str) -> None:
 def test_an_augmented_row_has_its_answer_written_again() -> None:
     image = Image.new("RGB", (100, 100))
     rows = {"image": [image], "boxes": [[[0.1, 0.2, 0.3, 0.4]]], "labels": [["cell"]], "messages": [None], "id": ["a"]}
-    result = augment_rows(
-        rows, augment=Augment(flip_horizontal=1.0), asked=["cell"], codec="qwen2_vl", box_order="raster"
-    )
+    result = augment_rows(rows, chances={"flip_horizontal": 1.0}, asked=["cell"], codec="qwen2_vl", box_order="raster")
     text = result["messages"][0][-1]["content"][0]["text"]
     parsed = get_codec("qwen2_vl").parse(text, View(100, 100, 100, 100))
     np.testing.assert_allclose(parsed.boxes.xyxy, [[0.7, 0.2, 0.9, 0.4]], atol=5e-4)

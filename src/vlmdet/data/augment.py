@@ -7,8 +7,7 @@ answer is written by the same codec as before, so that text and boxes cannot par
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,61 +23,54 @@ from vlmdet.images import to_upright_rgb
 _PIXELS = BoxFormat("xyxy", "pixel")
 
 
-@dataclass(frozen=True)
-class Augment:
-    """Chances of each change of a training row; all 0 leaves rows as they are.
+def augment(
+    image: Image.Image,
+    boxes: Boxes,
+    rng: np.random.Generator,
+    *,
+    flip_horizontal: float = 0.0,
+    flip_vertical: float = 0.0,
+    rotate: float = 0.0,
+    crop: float = 0.0,
+    shrink: float = 0.0,
+    color: float = 0.0,
+) -> tuple[Image.Image, Boxes]:
+    """Change one picture and its boxes together; each chance of 0 leaves that change out.
 
-    Attributes:
-        flip_horizontal: chance of a mirror image; 0 where labels name left or right.
-        flip_vertical: chance of turning it upside down; only for pictures without an up.
-        rotate: chance of a turn by 90, 180 or 270 degrees; likewise.
-        crop: chance of cutting a window that holds every box whole; objects get larger.
-        shrink: chance of laying the picture on a grey ground up to twice as large; objects get smaller.
-        color: chance of changed brightness, contrast, saturation and hue.
+    Input: an upright RGB `image`; n `boxes` on it; chances from 0 to 1:
+    `flip_horizontal`, a mirror image (0 where labels name left or right); `flip_vertical` and `rotate`, upside down and
+    turned by 90, 180 or 270 degrees (only for pictures without an up); `crop`, a window that holds every box whole;
+    `shrink`, the picture laid on a grey ground up to twice as large; `color`, other brightness, contrast, saturation, hue.
+    Output: a new picture and n boxes in the same order, cut to it.
     """
-
-    flip_horizontal: float = 0.0
-    flip_vertical: float = 0.0
-    rotate: float = 0.0
-    crop: float = 0.0
-    shrink: float = 0.0
-    color: float = 0.0
-
-    def __call__(self, image: Image.Image, boxes: Boxes, rng: np.random.Generator) -> tuple[Image.Image, Boxes]:
-        """Change one upright RGB picture and its boxes; returns new ones, the boxes cut to the picture."""
-        points = tv_tensors.BoundingBoxes(  # type: ignore[call-arg]
-            torch.from_numpy(boxes.to_array(_PIXELS, *image.size)),
-            format="XYXY",
-            canvas_size=(image.height, image.width),
-        )
-        if rng.random() < self.flip_horizontal:
-            image, points = F.horizontal_flip(image), F.horizontal_flip(points)
-        if rng.random() < self.flip_vertical:
-            image, points = F.vertical_flip(image), F.vertical_flip(points)
-        if rng.random() < self.rotate:
-            angle = float(rng.choice([90, 180, 270]))
-            image, points = F.rotate(image, angle, expand=True), F.rotate(points, angle, expand=True)
-        if rng.random() < self.crop:
-            top, left, height, width = _window(rng, np.asarray(points), *image.size)
-            image, points = F.crop(image, top, left, height, width), F.crop(points, top, left, height, width)
-        if rng.random() < self.shrink:
-            extra = rng.uniform(0, 1, size=2) * [image.width, image.height]
-            before = rng.uniform(0, 1, size=2) * extra
-            (left, top), (right, bottom) = before.astype(int), (extra - before).astype(int)
-            sides = [int(left), int(top), int(right), int(bottom)]
-            grey = int(rng.integers(90, 170))
-            image, points = F.pad(image, sides, fill=[grey] * 3), F.pad(points, sides)
-        if rng.random() < self.color:
-            image = F.adjust_brightness(image, float(rng.uniform(0.75, 1.25)))
-            image = F.adjust_contrast(image, float(rng.uniform(0.75, 1.25)))
-            image = F.adjust_saturation(image, float(rng.uniform(0.7, 1.3)))
-            image = F.adjust_hue(image, float(rng.uniform(-0.04, 0.04)))
-        return image, Boxes.from_array(np.asarray(points), _PIXELS, image.width, image.height).clip()
-
-    @property
-    def active(self) -> bool:
-        """Tell whether any chance is above 0."""
-        return any((self.flip_horizontal, self.flip_vertical, self.rotate, self.crop, self.shrink, self.color))
+    points = tv_tensors.BoundingBoxes(  # type: ignore[call-arg]
+        torch.from_numpy(boxes.to_array(_PIXELS, *image.size)),
+        format="XYXY",
+        canvas_size=(image.height, image.width),
+    )
+    if rng.random() < flip_horizontal:
+        image, points = F.horizontal_flip(image), F.horizontal_flip(points)
+    if rng.random() < flip_vertical:
+        image, points = F.vertical_flip(image), F.vertical_flip(points)
+    if rng.random() < rotate:
+        angle = float(rng.choice([90, 180, 270]))
+        image, points = F.rotate(image, angle, expand=True), F.rotate(points, angle, expand=True)
+    if rng.random() < crop:
+        top, left, height, width = _window(rng, np.asarray(points), *image.size)
+        image, points = F.crop(image, top, left, height, width), F.crop(points, top, left, height, width)
+    if rng.random() < shrink:
+        extra = rng.uniform(0, 1, size=2) * [image.width, image.height]
+        before = rng.uniform(0, 1, size=2) * extra
+        (left, top), (right, bottom) = before.astype(int), (extra - before).astype(int)
+        sides = [int(left), int(top), int(right), int(bottom)]
+        grey = int(rng.integers(90, 170))
+        image, points = F.pad(image, sides, fill=[grey] * 3), F.pad(points, sides)
+    if rng.random() < color:
+        image = F.adjust_brightness(image, float(rng.uniform(0.75, 1.25)))
+        image = F.adjust_contrast(image, float(rng.uniform(0.75, 1.25)))
+        image = F.adjust_saturation(image, float(rng.uniform(0.7, 1.3)))
+        image = F.adjust_hue(image, float(rng.uniform(-0.04, 0.04)))
+    return image, Boxes.from_array(np.asarray(points), _PIXELS, image.width, image.height).clip()
 
 
 def _window(rng: np.random.Generator, points: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
@@ -92,11 +84,12 @@ def _window(rng: np.random.Generator, points: np.ndarray, width: int, height: in
 
 
 def augment_rows(
-    rows: dict[str, list[Any]], *, augment: Augment, asked: Sequence[str], codec: str, box_order: str
+    rows: dict[str, list[Any]], *, chances: Mapping[str, float], asked: Sequence[str], codec: str, box_order: str
 ) -> dict[str, list[Any]]:
     """Change a batch of training rows: the function for `Dataset.with_transform`.
 
-    Input: columns of `data.dataset.build_rows`: `messages`, `image`, `boxes`, `labels`, …; `asked`, labels of the prompt.
+    Input: columns of `data.dataset.build_rows`: `messages`, `image`, `boxes`, `labels`, …; `chances` as keywords of `augment`;
+    `asked`, labels of the prompt.
     Output: the same columns with new pictures, boxes and messages. Randomness comes from torch's generator, which the
     Trainer seeds, and each loader worker has its own.
     """
@@ -104,7 +97,9 @@ def augment_rows(
     result["image"], result["boxes"], result["messages"] = [], [], []
     for image, box_list, labels in zip(rows["image"], rows["boxes"], rows["labels"], strict=True):
         rng = np.random.default_rng(int(torch.randint(2**31, ()).item()))
-        picture, boxes = augment(_open(image), Boxes(np.asarray(box_list, dtype=np.float64).reshape(-1, 4)), rng)
+        picture, boxes = augment(
+            _open(image), Boxes(np.asarray(box_list, dtype=np.float64).reshape(-1, 4)), rng, **chances
+        )
         result["image"].append(picture)
         result["boxes"].append(boxes.tolist())
         result["messages"].append(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from vlmdet.contract import Contract
 from vlmdet.data.dataset import build_messages
 from vlmdet.errors import DataError, ImageError
 from vlmdet.grounding import get_codec
@@ -25,19 +26,15 @@ def predict(
     processor: Any,
     samples: Sequence[Sample],
     *,
-    labels: Sequence[str],
-    codec: str,
-    min_pixels: int,
-    max_pixels: int,
+    contract: Contract,
     batch_size: int = 32,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    size_factor: int = 28,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Predict boxes for samples.
 
-    Input: a loaded model and processor; `labels` that the prompt asks for; `codec`, that reads the answers; pixel limits;
-    `progress(done, all)`, called after each batch.
+    Input: a loaded model and processor; the `contract` that says what is asked for, at which pixel limits, and by which codec
+    answers are read; `progress(done, all)`, called after each batch.
     Output: rows of `predictions.jsonl` (architecture, "Data model") in the order of `samples`; boxes are xyxy fractions of
     the upright picture. A picture that cannot be opened gives a row with `status` "error" and its reason.
 
@@ -47,7 +44,8 @@ def predict(
     rows: list[dict[str, Any] | None] = [None] * len(samples)
     # rows of like length together: less padding
     order = sorted(range(len(samples)), key=lambda i: samples[i].width / samples[i].height)
-    messages = build_messages(labels)
+    pixels = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
+    messages = build_messages(contract.labels)
     done = 0
     for batch in _batches(order, batch_size):
         ready, images = [], []
@@ -63,15 +61,12 @@ def predict(
                 processor,
                 [messages] * len(ready),
                 images,
-                min_pixels=min_pixels,
-                max_pixels=max_pixels,
+                **pixels,
                 max_new_tokens=max_new_tokens,
             )
             for i, image, answer in zip(ready, images, answers, strict=True):
-                view = plan_view(
-                    image.width, image.height, min_pixels=min_pixels, max_pixels=max_pixels, factor=size_factor
-                )
-                parsed = get_codec(codec).parse(answer.text, view)
+                view = plan_view(*image.size, **pixels, factor=contract.size_factor)
+                parsed = get_codec(contract.codec).parse(answer.text, view)
                 rows[i] = _row(samples[i], answer=answer, status=parsed.status) | {
                     "boxes": parsed.boxes.tolist(),
                     "labels": parsed.labels,

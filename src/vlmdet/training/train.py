@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from vlmdet.config import Settings, to_yaml
 from vlmdet.contract import Contract
-from vlmdet.data.augment import Augment, augment_rows
+from vlmdet.data.augment import augment_rows
 from vlmdet.data.collators import Qwen2VLCollatorV1, Qwen2VLCollatorV2, Qwen2VLCollatorV3
 from vlmdet.data.dataset import build_rows
 from vlmdet.data.readers import open_dataset
@@ -264,12 +264,12 @@ def training_rows(prepared: Prepared) -> datasets.Dataset:
         codec=settings.model.codec,
         box_order=settings.data.box_order,
     )
-    augment = Augment(**asdict(settings.augment))
-    if augment.active:
+    chances = asdict(settings.augment)
+    if any(chances.values()):
         rows = rows.with_transform(
             partial(
                 augment_rows,
-                augment=augment,
+                chances=chances,
                 asked=prepared.contract.labels,
                 codec=settings.model.codec,
                 box_order=settings.data.box_order,
@@ -305,17 +305,13 @@ def make_collator(prepared: Prepared) -> Any:
 
 
 def predict_watched(model: Any, *, prepared: Prepared, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Predict the validation pictures during training, with the contract's prompt, pixels and codec."""
-    contract = prepared.contract
+    """Predict the validation pictures during training, under the run's contract."""
+    evaluation = prepared.settings.evaluation
     return predict(
         model,
         prepared.base.processor,
         samples,
-        labels=contract.labels,
-        codec=contract.codec,
-        min_pixels=contract.min_pixels,
-        max_pixels=contract.max_pixels,
-        size_factor=contract.size_factor,
-        batch_size=prepared.settings.evaluation.batch_size,
-        max_new_tokens=prepared.settings.evaluation.max_new_tokens,
+        contract=prepared.contract,
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
     )
