@@ -123,3 +123,29 @@ def qwen_processor(request: pytest.FixtureRequest) -> Any:
         video_processor=Qwen2VLVideoProcessor(),
         chat_template=template,
     )
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained Qwen2-VL of about 0.3 M parameters with the tiny base's template: a base by its path."""
+    from transformers import Qwen2VLForConditionalGeneration, set_seed
+
+    from vlmdet.models import tiny
+
+    tokenizer = tiny.build_tokenizer(
+        ["Detect every red sign in this image. If there is none, answer: none system user assistant"] * 4,
+        vocab_size=1400,
+    )
+    config = tiny.build_config(tokenizer)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 128, 2
+    text.layer_types = text.layer_types[:2]
+    text.num_attention_heads, text.num_key_value_heads = 2, 1
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]}
+    vision.depth, vision.embed_dim, vision.num_heads, vision.hidden_size = 2, 64, 2, 64
+    set_seed(0)
+    folder = tmp_path_factory.mktemp("small_base")
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    template = (tiny.TINY_DIR / "chat_template.jinja").read_text(encoding="utf-8")
+    tiny.build_processor(tokenizer, template).save_pretrained(folder)
+    return folder

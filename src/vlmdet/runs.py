@@ -33,7 +33,8 @@ def find_run(name: str | Path) -> Path | None:
         if is_finished(folder):
             return folder
         if folder.is_dir():
-            numbered = sorted((child for child in folder.iterdir() if child.name.isdigit()), reverse=True)
+            numbered = [child for child in folder.iterdir() if child.name.isdigit()]
+            numbered.sort(key=lambda child: int(child.name), reverse=True)  # as text, 1000 stands before 999
             for child in numbered:
                 if is_finished(child):
                     return child

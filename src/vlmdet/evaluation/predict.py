@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmdet.contract import Contract
 from vlmdet.data.dataset import build_messages
-from vlmdet.errors import DataError, ImageError
+from vlmdet.errors import DataError
 from vlmdet.grounding import get_codec
 from vlmdet.grounding.sizes import plan_view
 from vlmdet.models.inference import MAX_NEW_TOKENS, Answer, generate_answers
@@ -36,7 +36,8 @@ def predict(
     Input: a loaded model and processor; the `contract` that says what is asked for, at which pixel limits, and by which codec
     answers are read; `progress(done, all)`, called after each batch.
     Output: rows of `predictions.jsonl` (architecture, "Data model") in the order of `samples`; boxes are xyxy fractions of
-    the upright picture. A picture that cannot be opened gives a row with `status` "error" and its reason.
+    the upright picture. A picture that cannot be opened, or is too long and narrow for the model, gives a row with
+    `status` "error" and its reason.
 
     Raises:
         DataError: over 5 % of the rows are errors.
@@ -51,9 +52,13 @@ def predict(
         ready, images = [], []
         for i in batch:
             try:
-                images.append(samples[i].image)
+                image = samples[i].image
+                plan_view(
+                    *image.size, **pixels, factor=contract.size_factor
+                )  # refuses a strip 200 times as long as wide
+                images.append(image)
                 ready.append(i)
-            except ImageError as error:
+            except DataError as error:
                 rows[i] = _row(samples[i], status="error", error=str(error))
         if ready:
             answers = generate_answers(

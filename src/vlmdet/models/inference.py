@@ -69,19 +69,21 @@ def generate_answers(
     started = time.perf_counter()
     ends = _end_tokens(model, processor)
     # temperature and its like are None, or a checkpoint's sampling settings would be warned about on every call
-    output = model.generate(
-        **batch,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        eos_token_id=ends,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
+    try:
+        output = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            eos_token_id=ends,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+    finally:
+        model.train(was_training)
     spent = (time.perf_counter() - started) * 1000 / len(output)
-    model.train(was_training)
     prompt = batch["input_ids"].shape[1]
     answers = []
     for row, mask, ids in zip(output[:, prompt:].tolist(), batch["attention_mask"], batch["input_ids"], strict=True):

@@ -55,6 +55,8 @@ class Loaded:
 
 def checkpoint_of(name: str) -> Path | None:
     """Find the weights that a user means by the name of a run or of a checkpoint folder; None where it is neither."""
+    if name == "tiny":  # always the embedded base, whatever lies in ./tiny or runs/tiny
+        return None
     folder = Path(name)
     if (folder / "contract.json").is_file() and any(
         (folder / f).is_file() for f in ("config.json", "adapter_config.json")
@@ -95,12 +97,14 @@ def load(
     where = _device(device)
     model = _load_base(weights, dtype=_dtype(dtype, where), attention=attention)
     found = contract.base_fingerprint if contract is not None and not adapter else fingerprint(model)
-    if contract is not None and adapter:
+    if contract is not None and run is not None and adapter:
         if found != contract.base_fingerprint:
             raise ModelError(
                 f"{name} was tuned on a base with fingerprint {contract.base_fingerprint}, but {base} now has {found}",
                 "restore the base that the contract names",
             )
+        if not (run / "adapter_model.safetensors").is_file():
+            raise ModelError(f"{name}: {run} holds no adapter_model.safetensors", "other weight files are never read")
         model = PeftModel.from_pretrained(model, str(run), config=PeftConfig.from_pretrained(str(run)))
         refuse_zero_adapter(model, name)
     processor = load_processor(str(run) if run else base, min_pixels=min_pixels, max_pixels=max_pixels)

@@ -221,6 +221,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_num_workers=training.loader_workers,
         save_strategy="no",  # the evaluation callback asks for a checkpoint whenever it has scored one
+        save_only_model=True,  # nothing resumes yet, and the optimizer's state would be a pickle of twice the size
         eval_strategy="no",
         logging_steps=max(1, min(10, steps // 10)),
         logging_first_step=True,
@@ -243,7 +244,8 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     trainer.remove_callback(transformers.ProgressCallback)  # it writes every log to stdout, which --json keeps clean
     if sys.stderr.isatty():
         trainer.add_callback(ProgressBar)
-    evaluation.log = trainer.log
+    # not TRL's own `log`, which would move its averages since the last entry into this one
+    evaluation.log = partial(transformers.Trainer.log, trainer)
 
     # 5. What will train, before the first step; nothing trainable is an error.
     say(format_areas(refuse_untrainable(trainer.model)))

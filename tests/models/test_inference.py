@@ -1,0 +1,74 @@
+"""An answer depends on its own picture and question, not on the rows beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlmdet.data.collators import collate_prompts
+from vlmdet.data.dataset import build_messages
+from vlmdet.models.inference import generate_answers, parse_qwen_bbox_output, run_qwen2vl_inference
+from vlmdet.models.loader import load
+
+LIMITS = {"min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28}
+SIZES = ((60, 60), (200, 90), (56, 140), (112, 112))
+LABELS = (["sign"], ["red sign", "green sign", "blue sign"], ["a much longer name of a sign"], ["x"])
+
+
+def test_a_batch_of_four_is_four_batches_of_one(small_base: Path) -> None:
+    loaded = load(str(small_base), **LIMITS)
+    with torch.no_grad():  # untrained layers are so faint that the model would repeat the last token of any prompt
+        for name, weight in loaded.model.named_parameters():
+            if weight.ndim == 2 and "embed_tokens" not in name:
+                weight.mul_(8)
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
+    messages = [build_messages(labels) for labels in LABELS]
+    batch = collate_prompts(loaded.processor, messages, images, **LIMITS)
+    assert len(set(batch["attention_mask"].sum(dim=1).tolist())) > 1  # else nothing is padded and nothing is shown
+    together = loaded.model(**batch).logits[:, -1]
+    loaded.model.train()
+    answers = generate_answers(loaded.model, loaded.processor, messages, images, **LIMITS, max_new_tokens=12)
+    assert loaded.model.training  # as it was
+    loaded.model.eval()
+    for i, (message, image) in enumerate(zip(messages, images, strict=True)):
+        alone = loaded.model(**collate_prompts(loaded.processor, [message], [image], **LIMITS)).logits[0, -1]
+        torch.testing.assert_close(together[i], alone, atol=1e-4, rtol=1e-3)
+        (answer,) = generate_answers(loaded.model, loaded.processor, [message], [image], **LIMITS, max_new_tokens=12)
+        assert answer.text == answers[i].text
+        assert (answer.prompt_tokens, answer.image_tokens) == (answers[i].prompt_tokens, answers[i].image_tokens)
+    assert len({answer.text for answer in answers}) > 1
+    assert answers[3].image_tokens == 16  # 112 x 112 is 4 x 4 tokens of 28 x 28
+    text = run_qwen2vl_inference(loaded.model, loaded.processor, images[1], LABELS[1], **LIMITS, max_new_tokens=12)
+    assert text == answers[1].text
+
+
+def test_an_answer_ends_at_the_end_token_or_is_called_truncated(
+    small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(str(small_base), **LIMITS)
+    tokenizer = loaded.processor.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tail = [[7, 8, end, tokenizer.pad_token_id], [7, 8, 9, 10]]
+
+    def generate(input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor(tail)], dim=1)
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    image = Image.new("RGB", (60, 60))
+    ended, cut = generate_answers(
+        loaded.model, loaded.processor, [build_messages(["sign"])] * 2, [image] * 2, **LIMITS, max_new_tokens=4
+    )
+    assert (ended.text, ended.answer_tokens, ended.truncated) == (tokenizer.decode([7, 8]), 3, False)
+    assert (cut.text, cut.answer_tokens, cut.truncated) == (tokenizer.decode([7, 8, 9, 10]), 4, True)
+
+
+def test_boxes_are_read_in_pixels() -> None:
+    text = "<|object_ref_start|>sign<|object_ref_end|><|box_start|>(100,250),(500,750)<|box_end|>"
+    assert parse_qwen_bbox_output(text, 200, 80) == [{"label": "sign", "bbox": [20.0, 20.0, 100.0, 60.0]}]
+    assert parse_qwen_bbox_output(text) == [{"label": "sign", "bbox": [100.0, 250.0, 500.0, 750.0]}]
+    assert parse_qwen_bbox_output("none") == []
