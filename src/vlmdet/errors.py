@@ -2,7 +2,9 @@
 
     VlmdetError              what, where, why; `hint` says what to do next
     ├── DataError            a data set, a row or an annotation cannot be used
-    │   └── ImageError       a picture cannot be opened, or is refused
+    │   └── ImageError       a picture cannot be opened
+    │       ├── BrokenImageError    it opens, and cannot be decoded to its end
+    │       └── RefusedImageError   it has more pixels than are opened
     ├── ConfigError          a setting, a flag or a combination of them cannot work
     ├── ContractError        two steps of a run assume different things
     ├── ModelError           a model or adapter cannot be loaded or used
@@ -40,7 +42,15 @@ class DataError(VlmdetError):
 
 
 class ImageError(DataError):
-    """A picture cannot be opened, or is refused."""
+    """A picture cannot be opened."""
+
+
+class BrokenImageError(ImageError):
+    """A picture opens, and cannot be decoded to its end: truncated, most of the time."""
+
+
+class RefusedImageError(ImageError):
+    """A picture has more pixels than are opened."""
 
 
 class ConfigError(VlmdetError):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlmdet.errors import ImageError
+from vlmdet.errors import BrokenImageError, ImageError, RefusedImageError
 
 MAX_IMAGE_PIXELS = 178_956_970
 """Above this many pixels a file is refused as a decompression bomb (twice Pillow's warning limit)."""
@@ -57,6 +57,17 @@ def decode(source: Path | bytes, name: str) -> Image.Image:
     Raises:
         ImageError: as `open_image`.
     """
+    image = open_file(source, name)
+    load(image, name)
+    return image
+
+
+def open_file(source: Path | bytes, name: str) -> Image.Image:
+    """Read a picture file and its header: size, mode and format are known, no pixel is decoded.
+
+    Raises:
+        ImageError: missing, empty or not a picture; `RefusedImageError`: over `MAX_IMAGE_PIXELS`.
+    """
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
     except FileNotFoundError as error:
@@ -69,19 +80,39 @@ def decode(source: Path | bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ImageError(
-                    f"{name}: {image.width} x {image.height} pixels, over the limit of {MAX_IMAGE_PIXELS:,}",
-                    "scale the picture down",
-                )
-            image.load()
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not a picture in any format that Pillow reads") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: over the limit of {MAX_IMAGE_PIXELS:,} pixels", "scale the picture down") from error
+        raise _refused(f"{name}: over the limit") from error
     except BROKEN as error:
-        raise ImageError(f"{name}: broken or truncated ({error})", "restore the file or leave the row out") from error
+        raise _broken(name, error) from error
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise _refused(f"{name}: {image.width} x {image.height} pixels, over the limit")
     return image
+
+
+def load(image: Image.Image, name: str) -> None:
+    """Decode the pixels of an image of `open_file`, all of them.
+
+    Raises:
+        BrokenImageError: the file ends early or its pixels cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image.load()
+    except Image.DecompressionBombError as error:  # a part of the file that is larger than its header says
+        raise _refused(f"{name}: over the limit") from error
+    except BROKEN as error:
+        raise _broken(name, error) from error
+
+
+def _refused(what: str) -> RefusedImageError:
+    return RefusedImageError(f"{what} of {MAX_IMAGE_PIXELS:,} pixels", "scale the picture down")
+
+
+def _broken(name: str, error: Exception) -> BrokenImageError:
+    return BrokenImageError(f"{name}: broken or truncated ({error})", "restore the file or leave the row out")
 
 
 def orientation(image: Image.Image) -> int:
