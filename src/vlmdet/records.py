@@ -56,6 +56,8 @@ class Sample:
         group: rows of one product or scene share it; "" where unknown.
         source: `file:row`, for messages.
         meta: what else the row said.
+        turn_unknown: its EXIF tag turns the picture, and nothing tells whether the boxes were drawn before or after;
+            they are taken as upright, and the pre-pass drops the row.
     """
 
     id: str
@@ -68,6 +70,7 @@ class Sample:
     group: str = ""
     source: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    turn_unknown: bool = False
 
     @property
     def image(self) -> Image.Image:
@@ -86,7 +89,7 @@ class DetectionDataset:
 
     Attributes:
         source: what the user named.
-        splits: samples by split.
+        splits: samples by split; from a reader, built at access from compact columns, so that 100,000 rows fit.
         labels: class names, in the order of the source.
         box_format: order and unit that were read.
         decided_by: why that format: `defined by Pascal VOC`.
