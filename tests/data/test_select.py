@@ -1,4 +1,4 @@
-"""Choosing classes and rows, the validation split, the look at every picture, and the limit on dropped rows."""
+"""Choosing classes and rows, the validation split, rows that are left out, and the limit on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmdet.boxes import FRACTIONS, Boxes
-from vlmdet.data import select as module
 from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
 from vlmdet.errors import DataError
 from vlmdet.records import DetectionDataset, Problem, Sample
@@ -149,60 +148,6 @@ def test_groups_are_never_divided(sizes: list[int], fraction: float, seed: int) 
 def test_val_cannot_be_made(splits: dict[str, Any], fraction: float, message: str) -> None:
     with pytest.raises(DataError, match=message):
         ensure_val(dataset(**splits), fraction=fraction)
-
-
-def exif(tag: int) -> Image.Exif:
-    block = Image.Exif()
-    block[274] = tag
-    return block
-
-
-NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)), "JPEG")
-GREY16 = encoded(Image.fromarray(np.full((20, 40), 40_000, dtype=np.uint16)))
-
-
-@pytest.mark.parametrize(
-    ("data", "size", "found"),
-    [
-        (PICTURE, (40, 20), []),
-        (b"", (40, 20), [("unreadable_image", "row_dropped")]),
-        (b"text", (40, 20), [("unreadable_image", "row_dropped")]),
-        (NOISE[: len(NOISE) // 2], (40, 20), [("unreadable_image", "row_dropped")]),
-        (encoded(Image.new("CMYK", (40, 20)), "JPEG"), (40, 20), [("cmyk_image", "kept")]),
-        (encoded(Image.new("P", (40, 20))), (40, 20), [("palette_image", "kept")]),
-        (GREY16, (40, 20), [("sixteen_bit_image", "kept")]),
-        (encoded(Image.new("RGB", (20, 40)), "JPEG", exif=exif(6)), (40, 20), [("exif_rotated", "kept")]),
-        (encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif(3)), (40, 20), [("exif_rotated", "kept")]),
-        (encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif(6)), (40, 20), [("exif_rotated", "row_dropped")]),
-        (PICTURE, (80, 40), [("size_mismatch", "kept")]),
-        (PICTURE, (13, 7), [("size_mismatch", "kept")]),
-        (PICTURE, (20, 40), [("size_mismatch", "row_dropped")]),
-        (PICTURE, (40, 30), [("size_mismatch", "row_dropped")]),
-    ],
-)
-def test_check_pictures(data: bytes, size: tuple[int, int], found: list[tuple[str, str]]) -> None:
-    problems = check_pictures([sample("fine"), sample("odd", data=data, width=size[0], height=size[1])])
-    assert [(problem.kind, problem.action) for problem in problems] == found
-    assert all((problem.id, problem.file, problem.row) == ("odd", "file:odd", None) for problem in problems)
-
-
-def test_missing_picture_file(tmp_path: Path) -> None:
-    (problem,) = check_pictures([sample("a", picture=tmp_path / "gone.jpg")])
-    assert (problem.kind, problem.action) == ("unreadable_image", "row_dropped")
-    assert "no such file" in problem.detail
-
-
-def test_sixty_megapixels_are_reported() -> None:
-    data = encoded(Image.new("1", (10_000, 6_000)))
-    (problem,) = check_pictures([sample("a", data=data, width=10_000, height=6_000)])
-    assert (problem.kind, problem.action) == ("large_image", "kept")
-
-
-def test_several_problems_of_one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LARGE_PIXELS", 10)
-    data = encoded(Image.new("CMYK", (20, 40)), "JPEG", exif=exif(8))
-    kinds = [problem.kind for problem in check_pictures([sample("a", data=data)])]
-    assert kinds == ["cmyk_image", "large_image", "exif_rotated"]
 
 
 def test_drop_rows() -> None:

@@ -15,12 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmdet.errors import DataError, ImageError, did_you_mean
-from vlmdet.images import decode, orientation
+from vlmdet.data.pictures import look_over
+from vlmdet.errors import DataError, did_you_mean
 from vlmdet.records import DetectionDataset, Problem, Sample
-
-LARGE_PIXELS = 50_000_000
-"""Above this many pixels a picture is reported: opening it takes a second and 150 MB, whatever the model then sees."""
 
 
 def select(
@@ -144,59 +141,12 @@ def ensure_val(dataset: DetectionDataset, *, fraction: float = 0.1, seed: int = 
 
 
 def check_pictures(samples: Iterable[Sample]) -> list[Problem]:
-    """Open every picture once and report what is odd about it.
+    """Open every picture once and report what is odd about it; see `pictures.look_over`.
 
-    When: once, before training or scoring; some milliseconds a picture.
-
-    Output: a problem for each oddity. `row_dropped`: the picture cannot be opened, or its sides do not fit the stated
-    ones, so that the boxes would lie elsewhere. `kept`: CMYK, palette, 16 bits, over 50 megapixels, turned by its
-    EXIF tag, or stated in another size of the same shape. `drop_rows` then leaves the first kind out.
+    When: once, before training or scoring; some milliseconds a picture. `drop_rows` then leaves out the rows whose
+    problem says so.
     """
-    problems: list[Problem] = []
-    for sample in samples:
-        found = _check_picture(sample)
-        problems += [Problem(sample.source, None, sample.id, kind, detail, action) for kind, detail, action in found]
-    return problems
-
-
-def _check_picture(sample: Sample) -> list[tuple[str, str, str]]:
-    """Return kind, detail and action of each problem of one picture."""
-    try:
-        source = sample.picture if isinstance(sample.picture, Path) else sample.picture()
-        image = decode(source, sample.source or sample.id)
-        tag = orientation(image)
-    except ImageError as error:
-        return [("unreadable_image", error.message, "row_dropped")]
-    found: list[tuple[str, str, str]] = []
-    if image.mode == "CMYK":
-        found.append(("cmyk_image", "CMYK, converted to RGB", "kept"))
-    elif image.mode in ("P", "PA"):
-        found.append(("palette_image", "a palette, converted to RGB", "kept"))
-    elif image.mode.startswith("I"):
-        found.append(("sixteen_bit_image", f"mode {image.mode}, scaled to 8 bits", "kept"))
-    if image.width * image.height > LARGE_PIXELS:
-        found.append(("large_image", f"{image.width} x {image.height} pixels; scale it down to save time", "kept"))
-    stated = (sample.width, sample.height)
-    upright = (image.height, image.width) if tag >= 5 else image.size
-    if stated == upright:
-        if tag != 1:
-            found.append(("exif_rotated", f"EXIF orientation {tag}; boxes are taken as upright", "kept"))
-        return found
-    said = f"stated as {stated[0]} x {stated[1]}, is {upright[0]} x {upright[1]}"
-    if stated == image.size:
-        turn = f"EXIF orientation {tag} turns the picture, the row states the size before it"
-        found.append(("exif_rotated", f"{turn}: {said} upright, its boxes would lie elsewhere", "row_dropped"))
-    elif _same_shape(stated, upright):
-        found.append(("size_mismatch", f"{said}, of the same shape", "kept"))
-    else:
-        found.append(("size_mismatch", f"{said}: its boxes would lie elsewhere", "row_dropped"))
-    return found
-
-
-def _same_shape(first: tuple[int, int], second: tuple[int, int]) -> bool:
-    """Tell whether one size is the other scaled, give or take the rounding of a pixel on the smaller one."""
-    small, large = sorted((first, second))
-    return abs(small[0] * large[1] / large[0] - small[1]) <= 1 or abs(small[1] * large[0] / large[1] - small[0]) <= 1
+    return look_over(samples).problems
 
 
 def drop_rows(dataset: DetectionDataset, problems: Sequence[Problem]) -> DetectionDataset:
