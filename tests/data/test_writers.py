@@ -432,7 +432,7 @@ def test_datasets_reads_parquet_and_json(source: DetectionDataset, tmp_path: Pat
     for split, samples in source.splits.items():
         rows = by_file[split]
         assert rows.features["objects"]["category_id"].feature.names == list(source.labels)
-        assert by_folder[{"val": "validation"}.get(split, split)]["image_id"][:] == rows["image_id"][:]
+        assert by_folder[split]["image_id"][:] == rows["image_id"][:]
         assert rows["image_id"][:] == rows_json[split]["id"][:] == [one.id for one in samples]
         for one, row, line in zip(samples, rows, rows_json[split], strict=True):
             assert row["image"].size == (row["width"], row["height"]) == (one.width, one.height)
