@@ -8,7 +8,8 @@ When: ONCE, by `open_dataset`. A set is a folder, or holds one such folder:
 
 Boxes are taken as `xyxy/pixel` as written. The devkit of 2007 counts pixels from 1 and includes the last one, most
 tools that write this format count from 0; the two differ by one pixel at most and no file says which it is, so nothing
-is subtracted. Pictures are not opened, but for a file without <size>. Source: the VOC2007 development kit, section 8.
+is subtracted. Pictures are not opened; of one whose file has no <size> the head is read. Source: the VOC2007
+development kit, section 8.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from vlmdet.boxes import BoxFormat
-from vlmdet.data.readers.rows import Report, SplitRows, assemble, check_boxes, safe_path
-from vlmdet.errors import DataError, ImageError
-from vlmdet.images import decode, to_upright_rgb
-from vlmdet.records import DetectionDataset, Sample
+from vlmdet.data.readers.rows import Report, Rows, safe_path, side
+from vlmdet.errors import DataError
+from vlmdet.records import DetectionDataset
 
 SPLITS = ("train", "val", "test")
 BOX_FORMAT = BoxFormat("xyxy", "pixel")
@@ -58,34 +58,41 @@ def find_root(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_voc(path: Path, *, split: str | None = None) -> DetectionDataset:
+def read_voc(
+    path: Path, *, box_format: BoxFormat | None = None, exif: str | None = None, split: str | None = None
+) -> DetectionDataset:
     """Read a Pascal VOC set.
 
     When: once.
 
-    Input: `path`, the folder with Annotations/ or the one above it; `split` keeps one split.
+    Input: `path`, the folder with Annotations/ or the one above it; `box_format`, None or `xyxy/pixel`, since the files
+    name each side; `exif` and `split` as `open_dataset`.
     Output: a `DetectionDataset` with the splits that ImageSets/Main lists; without lists every annotation is in
     `train`. Class names are sorted. Objects marked <difficult> are objects like the others.
 
     Raises:
-        DataError: no Annotations/ or nothing in it, or no such split.
+        DataError: no Annotations/ or nothing in it, another box format, or no such split.
     """
     root = find_root(path)
     if root is None:
         raise DataError(f"{path} holds no Annotations/ folder", "name the folder of a Pascal VOC set")
+    if box_format not in (None, BOX_FORMAT):
+        raise DataError(f"Pascal VOC names the sides of its boxes and writes {BOX_FORMAT}", "leave --box-format out")
     lists, notes = _read_lists(root)
-    splits: dict[str, SplitRows] = {}
+    rows = Rows(str(path), split=split, exif=exif)
+    rows.notes += notes
     listed: set[tuple[str, str]] = set()
     for name, entries in lists.items():
-        rows = splits.setdefault(name, SplitRows())
+        rows.add_split(name)
+        file = str(root / "ImageSets" / "Main" / f"{name}.txt")
         for line, entry in entries:
-            report = rows.reporter(str(root / "ImageSets" / "Main" / f"{name}.txt"), entry)
             if (name, entry) in listed:  # under an id of its own: the first row of this name stays
-                again = rows.reporter(str(root / "ImageSets" / "Main" / f"{name}.txt"), f"{entry} (line {line})")
-                again(line, "duplicate_row", f"'{entry}' is listed twice", "row_dropped")
+                again = f"{entry} (line {line})"
+                rows.report(name, file, line, again, "duplicate_row", f"'{entry}' is listed twice", "row_dropped")
                 continue
-            elsewhere = [other for other in splits if (other, entry) in listed]
+            elsewhere = [other for other in lists if (other, entry) in listed]
             sample_id = f"{name}/{entry}" if elsewhere else entry
+            report = rows.reporter(name, file, sample_id)
             if elsewhere:
                 report(line, "split_overlap", f"'{entry}' is in {elsewhere[0]} and in {name}", "kept")
             listed.add((name, entry))
@@ -93,11 +100,8 @@ def read_voc(path: Path, *, split: str | None = None) -> DetectionDataset:
             if xml is None:
                 report(line, "path_outside", f"'{entry}' is no path inside {root}", "row_dropped")
                 continue
-            sample = _read_row(root, xml, sample_id, name, rows.reporter(str(xml), sample_id))
-            if sample is not None:
-                rows.samples.append(sample)
-    labels = sorted({label for rows in splits.values() for sample in rows.samples for label in sample.labels})
-    return assemble(str(path), splits, labels, BOX_FORMAT, "defined by Pascal VOC", split=split, notes=notes)
+            _read_row(rows, root, xml, sample_id, name)
+    return rows.finish(stated=BOX_FORMAT, why="defined by Pascal VOC", labels=sorted(rows.labels))
 
 
 def _read_lists(root: Path) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:
@@ -158,30 +162,29 @@ def _parse_xml(path: Path) -> ElementTree.Element:
     return element
 
 
-def _read_row(root: Path, xml: Path, sample_id: str, split: str, report: Report) -> Sample | None:
-    """Read one annotation file; None, with a problem, where the row cannot be used."""
+def _read_row(rows: Rows, root: Path, xml: Path, sample_id: str, split: str) -> None:
+    """Add the row of one annotation file, or report why it cannot be used."""
+    report = rows.reporter(split, str(xml), sample_id)
     try:
         tree = _parse_xml(xml)
     except _RefusedError as error:
         report(None, "broken_xml", str(error), "row_dropped")
-        return None
+        return
     picture = _find_picture(root, xml, (tree.findtext("filename") or "").strip(), report)
     if picture is None:
-        return None
-    size = _picture_size(tree, picture, report)
-    if size is None:
-        return None
-    values: list[list[str]] = []
-    labels: list[str] = []
+        return
+    width, height = (side((tree.findtext(f"size/{name}") or "").strip()) for name in ("width", "height"))
+    if not (width and height):
+        report(None, "size_missing", "no <size>; it is taken from the picture", "kept")
+        width = height = 0
+    row = rows.add(sample_id, split, str(picture), file=str(xml), width=width, height=height)
     for number, thing in enumerate(tree.iterfind("object"), start=1):
         label = (thing.findtext("name") or "").strip()
         if not label:
-            report(number, "unknown_category", f"object {number} has no name", "box_dropped")
+            rows.report_row(row, "unknown_category", f"object {number} has no name", "box_dropped", number)
             continue
-        values.append([(thing.findtext(f"bndbox/{side}") or "").strip() for side in ("xmin", "ymin", "xmax", "ymax")])
-        labels.append(label)
-    boxes, kept = check_boxes(values, labels, BOX_FORMAT, *size, report)
-    return Sample(sample_id, picture, *size, boxes, kept, split=split, source=str(xml))
+        sides = [(thing.findtext(f"bndbox/{name}") or "").strip() for name in ("xmin", "ymin", "xmax", "ymax")]
+        rows.add_box(row, sides, label, number)
 
 
 def _find_picture(root: Path, xml: Path, name: str, report: Report) -> Path | None:
@@ -210,22 +213,3 @@ def _find_picture(root: Path, xml: Path, name: str, report: Report) -> Path | No
             return like
     report(None, "missing_image", f"neither '{name[:200]}' nor a picture '{xml.stem}' is in {folder}", "row_dropped")
     return None
-
-
-def _picture_size(tree: ElementTree.Element, picture: Path, report: Report) -> tuple[int, int] | None:
-    """Read <size>; where it is absent or not positive, open the picture."""
-    try:
-        width, height = (int(float(tree.findtext(f"size/{side}") or "0")) for side in ("width", "height"))
-    except (ValueError, OverflowError):
-        width = height = 0
-    if width > 0 and height > 0:
-        return width, height
-    try:
-        upright = to_upright_rgb(decode(picture, str(picture)))
-    except ImageError as error:
-        report(None, "unreadable_image", error.message, "row_dropped")
-        return None
-    report(
-        None, "size_missing", f"no <size>; the upright picture has {upright.width} x {upright.height} pixels", "kept"
-    )
-    return upright.size
