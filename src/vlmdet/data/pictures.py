@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlmdet.errors import BrokenImageError, ImageError, RefusedImageError
+from vlmdet.grounding.sizes import MAX_ASPECT
 from vlmdet.images import load, open_file, orientation, to_upright_rgb
 from vlmdet.records import Problem, Sample
 
@@ -98,8 +99,9 @@ def look_over(samples: Iterable[Sample]) -> LookedOver:
     When: once, before training, or for `inspect`; progress on stderr after two seconds.
 
     Output: a problem for each oddity. `row_dropped`: `unreadable_image`; `truncated_image`, that is, it opens and cannot
-    be decoded to its end; `refused_image`, over the limit of `images.MAX_IMAGE_PIXELS`; `size_mismatch` and
-    `exif_rotated` where the sides do not fit the stated ones, so that the boxes would lie elsewhere. `kept`:
+    be decoded to its end; `refused_image`, over the limit of `images.MAX_IMAGE_PIXELS`; `too_long_image`, which
+    no Qwen-VL model is shown; `size_mismatch` where the sides do not fit the stated ones, so that the boxes would lie
+    elsewhere, and `exif_rotated` where that is so or open (`Sample.turn_unknown`). `kept`:
     `cmyk_image`, `palette_image`, `sixteen_bit_image`, `large_image`, `exif_rotated`, `size_mismatch` of the same shape;
     `duplicate_image` (the same bytes as an earlier row), `near_duplicate` (the same picture in another split, by its
     looks), `group_overlap` (a group, such as a barcode, has rows in several splits).
@@ -167,7 +169,7 @@ def look_at(sample: Sample) -> Look:
         return Look((Finding("truncated_image", error.message, "row_dropped"),), digest)
     except ImageError as error:
         return Look((Finding("unreadable_image", error.message, "row_dropped"),), digest)
-    findings = (*_oddities(image.mode, stored), *_compare_size((sample.width, sample.height), stored, tag))
+    findings = (*_oddities(image.mode, stored), *_compare_size(sample, stored, tag))
     return Look(findings, digest, *_fingerprint(to_upright_rgb(image)))
 
 
@@ -189,15 +191,23 @@ def _oddities(mode: str, size: tuple[int, int]) -> Iterator[Finding]:
         yield Finding("palette_image", "a palette, converted to RGB", "kept")
     elif mode.startswith("I"):
         yield Finding("sixteen_bit_image", f"mode {mode}, scaled to 8 bits", "kept")
+    if max(size) > MAX_ASPECT * min(size):
+        said = (
+            f"{size[0]} x {size[1]} pixels; the Qwen-VL processors refuse one over {MAX_ASPECT} times as long as wide"
+        )
+        yield Finding("too_long_image", said, "row_dropped")
     if size[0] * size[1] > LARGE_PIXELS:
         yield Finding("large_image", f"{size[0]} x {size[1]} pixels; scale it down to save time", "kept")
 
 
-def _compare_size(stated: tuple[int, int], stored: tuple[int, int], tag: int) -> Iterator[Finding]:
+def _compare_size(sample: Sample, stored: tuple[int, int], tag: int) -> Iterator[Finding]:
     """Compare what a row says with the file, whose EXIF orientation is `tag`."""
-    upright = (stored[1], stored[0]) if tag >= 5 else stored
+    stated, upright = (sample.width, sample.height), (stored[1], stored[0]) if tag >= 5 else stored
     said = f"stated as {stated[0]} x {stated[1]}, is {upright[0]} x {upright[1]}"
-    if stated == upright:
+    if sample.turn_unknown:
+        open_question = "nothing tells whether its boxes were drawn before the turn or after; --exif applied or ignored"
+        yield Finding("exif_rotated", f"EXIF orientation {tag}: {open_question} says it", "row_dropped")
+    elif stated == upright:
         if tag != 1:
             yield Finding("exif_rotated", f"EXIF orientation {tag}; boxes are taken as upright", "kept")
     elif stated == stored:
@@ -212,6 +222,8 @@ def _compare_size(stated: tuple[int, int], stored: tuple[int, int], tag: int) ->
 def _same_shape(first: tuple[int, int], second: tuple[int, int]) -> bool:
     """Tell whether one size is the other scaled, give or take the rounding of a pixel on the smaller one."""
     small, large = sorted((first, second))
+    if min(small) < 1:
+        return False
     return abs(small[0] * large[1] / large[0] - small[1]) <= 1 or abs(small[1] * large[0] / large[1] - small[0]) <= 1
 
 

@@ -165,7 +165,8 @@ def write_problems(path: Path, problems: Iterable[Problem]) -> Path:
     """Write `problems.jsonl`, one problem a line; the file is written even without any, to say that there were none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(problem.as_dict(), ensure_ascii=False) + "\n" for problem in problems]
-    path.write_text("".join(lines), encoding="utf-8")
+    # half a surrogate, which UTF-8 cannot write, becomes its JSON escape
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     return path
 
 

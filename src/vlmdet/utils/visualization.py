@@ -10,9 +10,8 @@ comes with matplotlib, a dependency of supervision.
 from __future__ import annotations
 
 import functools
-import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.errors import DataError
 from vlmdet.images import to_upright_rgb
+from vlmdet.utils.text import one_line
 
 with warnings.catch_warnings():
     # Without OpenCV supervision asks for it on every import; the fallback draws the few shapes used here as well.
@@ -32,7 +32,11 @@ with warnings.catch_warnings():
 TRUTH_COLOR = "#00d020"
 PREDICTION_COLOR = "#ff0000"
 
-_LONGEST_LABEL = 80
+CLASS_COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+"""Colours that people with any colour vision tell apart (Okabe and Ito, 2008)."""
+
+OTHER_COLOR = "#ff00ff"
+"""Of classes beyond those colours."""
 
 
 class _Scale(NamedTuple):
@@ -81,6 +85,48 @@ def visualize_bbox_on_image(
     return canvas
 
 
+def class_colors(labels: Sequence[str]) -> dict[str, str]:
+    """Give each label a colour: the first seven their own, the others one in common."""
+    return {
+        label: CLASS_COLORS[number] if number < len(CLASS_COLORS) else OTHER_COLOR
+        for number, label in enumerate(dict.fromkeys(labels))
+    }
+
+
+def draw_classes(
+    image: Image.Image,
+    boxes: Boxes | Sequence[Sequence[float]],
+    labels: Sequence[str],
+    colors: Mapping[str, str],
+    *,
+    most_named: int = 4,
+) -> Image.Image:
+    """Draw boxes in the colours of their labels; the labels are written where there are few.
+
+    When: once per picture of a mosaic, whose caption names the classes and their colours.
+
+    Input: as `visualize_bbox_on_image`, with a colour for each label (`class_colors`); `most_named`, boxes up to which
+    their labels are written.
+    Output: a new RGB image of the upright size.
+
+    Raises:
+        DataError: boxes are not rows of four finite numbers.
+        ValueError: labels differ from boxes in number.
+    """
+    canvas = to_upright_rgb(image)
+    rectangles = _pixels(_as_boxes(boxes), canvas)
+    if len(labels) != len(rectangles):
+        raise ValueError(f"{len(rectangles)} boxes, {len(labels)} labels")
+    names = np.asarray(labels, dtype=object)
+    for label in dict.fromkeys(labels):
+        canvas = _draw_boxes(canvas, rectangles[names == label], colors[label], dashed=False)
+    if len(labels) <= most_named:
+        taken: list[tuple[int, int, int, int]] = []
+        for rectangle, label in zip(rectangles, labels, strict=True):
+            _draw_labels(canvas, rectangle[None], [label], colors[label], taken)
+    return canvas
+
+
 def draw_truth_and_prediction(
     image: Image.Image,
     truth: Boxes | Sequence[Sequence[float]],
@@ -120,7 +166,7 @@ def draw_truth_and_prediction(
     font = _font(_scale_for(*canvas.size).text)
     texts = []
     for name, iou, (x1, _, x2, _) in zip(names, best, rectangles.tolist(), strict=True):
-        lead = _one_line(name or "?") if named else "IoU" if font.getlength("IoU 0.00") < x2 - x1 else ""
+        lead = one_line(name or "?") if named else "IoU" if font.getlength("IoU 0.00") < x2 - x1 else ""
         texts.append(f"{lead} {iou:.2f}")
     canvas = _draw_boxes(canvas, rectangles, PREDICTION_COLOR, dashed=False)
     canvas = _draw_boxes(canvas, _pixels(true, canvas), TRUTH_COLOR, dashed=True)
@@ -164,7 +210,7 @@ def image_grid(
         left, top = margin + number % columns * step_x, margin + number // columns * step_y
         draw.text(
             (left, top + font.getmetrics()[0]),
-            _fit(_one_line(title), font, width),
+            _fit(one_line(title), font, width),
             fill="black",
             font=font,
             anchor="ls",
@@ -238,8 +284,17 @@ def _dashes(start: int, end: int, width: int) -> list[tuple[int, int]]:
     return [(edges[i], edges[i + 1] - 1) for i in range(0, 2 * count, 2)]
 
 
-def _draw_labels(canvas: Image.Image, rectangles: np.ndarray, labels: Sequence[str | None], color: str) -> None:
-    """Write labels on plates of a colour: above the box, else below or inside, where they hide each other least."""
+def _draw_labels(
+    canvas: Image.Image,
+    rectangles: np.ndarray,
+    labels: Sequence[str | None],
+    color: str,
+    taken: list[tuple[int, int, int, int]] | None = None,
+) -> None:
+    """Write labels on plates of a colour: above the box, else below or inside, where they hide each other least.
+
+    `taken` are the plates that are there already; the new ones are added.
+    """
     scale = _scale_for(*canvas.size)
     font = _font(scale.text)
     ascent, descent = font.getmetrics()
@@ -247,9 +302,9 @@ def _draw_labels(canvas: Image.Image, rectangles: np.ndarray, labels: Sequence[s
     fill = ImageColor.getrgb(color)[:3]
     ink = "black" if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140 else "white"
     draw = ImageDraw.Draw(canvas)
-    taken: list[tuple[int, int, int, int]] = []
+    taken = [] if taken is None else taken
     for (x1, y1, x2, y2), label in zip(rectangles.tolist(), labels, strict=True):
-        text = _fit(_one_line(label or ""), font, canvas.width - 2 * scale.padding)
+        text = _fit(one_line(label or ""), font, canvas.width - 2 * scale.padding)
         if not text:
             continue
         width = int(font.getlength(text)) + 1 + 2 * scale.padding
@@ -282,13 +337,6 @@ def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """Return DejaVu Sans; cached, since opening it costs a millisecond. Pillow's own font lacks even é."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-
-
-def _one_line(text: str) -> str:
-    """Make any text one short line: controls, half surrogates and line ends become blanks."""
-    visible = "".join(" " if unicodedata.category(char)[0] in "CZ" else char for char in text[: 4 * _LONGEST_LABEL])
-    line = " ".join(visible.split())
-    return line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 1] + "…"
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

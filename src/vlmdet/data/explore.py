@@ -1,1 +1,0 @@
-"""Look at a data set."""
