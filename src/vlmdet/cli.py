@@ -86,6 +86,27 @@ def build_parser() -> argparse.ArgumentParser:
     _add_overrides(train)
     _add_json(train)
 
+    convert = _verb(
+        verbs, "convert", _convert, "write a data set in another layout, or as training files for another trainer",
+        [
+            "vlmdet convert FOLDER yolo-set --to yolo",
+            'vlmdet convert bccd coco-set --to coco --classes WBC --rename WBC="white blood cell" --limit 20',
+            "vlmdet convert FOLDER swift-set --to swift --codec qwen2_5_vl",
+        ],
+    )  # fmt: skip
+    convert.add_argument("source", metavar="SRC", help="a folder, a file, or the id of a hub data set")
+    convert.add_argument("folder", metavar="DST", type=Path, help="a folder that is not there yet, or is empty")
+    convert.add_argument(
+        "--to", required=True, metavar="TARGET", help="coco, yolo, voc, jsonl, parquet, swift, llamafactory, or trl"
+    )
+    convert.add_argument("--link", action="store_true", help="link to picture files instead of copying them")
+    convert.add_argument("--codec", help="training files: how the model family writes boxes (default: qwen2_vl)")
+    convert.add_argument("--min-pixels", type=int, help="training files: what the trainer's processor will be set to")
+    convert.add_argument("--max-pixels", type=int, help="training files: what the trainer's processor will be set to")
+    _add_selection(convert)
+    convert.add_argument("--max-problems", type=float, metavar="SHARE", help="share of broken rows above which to stop")
+    _add_json(convert)
+
     evaluation = _verb(
         verbs, "eval", _eval, "score a run on a split, and its untuned base with --base",
         ["vlmdet eval runs/demo --base", "vlmdet eval runs/demo --split val", "vlmdet eval runs/demo --json"],
@@ -200,6 +221,30 @@ def _train(args: argparse.Namespace) -> None:
     say(f"  vlmdet predict PICTURE.jpg --model {folder}")
     if args.json:
         print(json.dumps({"run": str(folder)}))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from vlmdet.data.readers import open_dataset
+    from vlmdet.data.select import refuse_above, select
+    from vlmdet.data.writers import Training, format_report, write_dataset
+
+    say = _say(args)
+    dataset = open_dataset(args.source)
+    rows = sum(map(len, dataset.splits.values())) + sum(one.action == "row_dropped" for one in dataset.problems)
+    share = _given(args, "max_problems")
+    refuse_above(dataset.problems, rows, *share.values())
+    dataset = select(dataset, **_selection(args))
+    training = Training(**_given(args, "codec", "min_pixels", "max_pixels"))
+    folder = write_dataset(dataset, args.folder, to=args.to, link=args.link, training=training, **share)
+    say(format_report(folder))
+    if args.json:
+        report = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+        print(json.dumps({"folder": str(folder), **report}))
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the flags that were given; the others keep the default of what they are passed to."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def _eval(args: argparse.Namespace) -> None:

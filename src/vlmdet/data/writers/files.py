@@ -69,7 +69,6 @@ class Writing:
         boxes: boxes written, by split.
         pictures: files by what was done: `copied`, `linked`, `turned_upright`.
         renamed: id by file name without suffix, where they differ.
-        notes: what is worth knowing about the target, one line each.
     """
 
     dataset: DetectionDataset
@@ -81,7 +80,6 @@ class Writing:
     boxes: Counter[str] = field(default_factory=Counter)
     pictures: Counter[str] = field(default_factory=Counter)
     renamed: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     _taken: Counter[str] = field(default_factory=Counter)
 
     def rows(self, split: str, folder: str | None) -> Iterator[Row]:
