@@ -39,14 +39,12 @@ from vlmdet.data.synthetic.primitives import (
     random_color,
     text_block,
 )
+from vlmdet.data.writers import parquet
 from vlmdet.errors import DataError
 
 LABEL = "nutrition-table"
 CATEGORIES = ("nutrition-table", "nutrition-table-text", "nutrition-table-small", "nutrition-table-small-energy")
 """Names by `category_id`, as in openfoodfacts/nutrition-table-detection; the drawn set uses the first."""
-
-ROWS_PER_GROUP = 100
-"""Rows of one Parquet row group, so that a set of any size is written in little memory."""
 
 _TITLES = (
     "Nutrition facts",
@@ -149,35 +147,9 @@ def write_drawn_set(folder: Path, *, train: int, val: int, test: int = 0, seed: 
         )
     for (split, count), sequence in zip(counts.items(), np.random.SeedSequence(seed).spawn(len(counts)), strict=True):
         if count:
-            _write_split(paths[split], f"drawn-{split}-{seed}", sequence.spawn(count))
+            rows = _rows(f"drawn-{split}-{seed}", sequence.spawn(count))
+            parquet.write_rows(paths[split], rows, parquet.hub_features())
     return folder
-
-
-def _write_split(path: Path, prefix: str, seeds: list[np.random.SeedSequence]) -> None:
-    """Write one Parquet file; its metadata names the features, so that `datasets` gives pictures."""
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    features = datasets.Features(
-        {
-            "image_id": datasets.Value("string"),
-            "image": datasets.Image(),
-            "width": datasets.Value("int64"),
-            "height": datasets.Value("int64"),
-            "meta": {key: datasets.Value("string") for key in ("barcode", "off_image_id", "image_url")},
-            "objects": {
-                "bbox": datasets.List(datasets.List(datasets.Value("float32"))),
-                "category_id": datasets.List(datasets.Value("int64")),
-                "category_name": datasets.List(datasets.Value("string")),
-            },
-        }
-    )
-    rows = _rows(prefix, seeds)
-    with pq.ParquetWriter(path, features.arrow_schema) as writer:
-        for start in range(0, len(seeds), ROWS_PER_GROUP):
-            chunk = [next(rows) for _ in range(min(ROWS_PER_GROUP, len(seeds) - start))]
-            writer.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
 
 
 def _rows(prefix: str, seeds: list[np.random.SeedSequence]) -> Iterator[dict[str, Any]]:
