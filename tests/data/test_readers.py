@@ -71,7 +71,7 @@ def write_voc(
 
 
 def test_voc_small_set(tmp_path: Path) -> None:
-    rows = {"a": thing("cat", 4, 5, 20, 10) + thing("dog", 0, 0, 40, 20), "b": "", "c": thing("cat", "1.5", 2, 3, 4)}
+    rows = {"a": thing("cat", 4, 5, 20, 10) + thing("dog", 0, 0, 40, 19), "b": "", "c": thing("cat", "1.5", 2, 3, 4)}
     root = write_voc(tmp_path, rows, {"train": ["a", "b"], "val": ["c"], "trainval": ["a", "b", "c"]})
     dataset = open_dataset(root)
     assert {name: [sample.id for sample in rows] for name, rows in dataset.splits.items()} == {
@@ -82,7 +82,7 @@ def test_voc_small_set(tmp_path: Path) -> None:
     assert (str(dataset.box_format), dataset.decided_by) == ("xyxy/pixel", "defined by Pascal VOC")
     assert dataset.problems == []
     first, empty = dataset.splits["train"]
-    np.testing.assert_allclose(first.boxes.xyxy, [[0.1, 0.25, 0.5, 0.5], [0, 0, 1, 1]])
+    np.testing.assert_allclose(first.boxes.xyxy, [[0.1, 0.25, 0.5, 0.5], [0, 0, 1, 0.95]])
     assert first.labels == ("cat", "dog")
     assert (first.width, first.height, first.split) == (40, 20, "train")
     assert first.image.size == (40, 20)
@@ -111,14 +111,15 @@ def test_voc_does_not_open_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_voc_without_lists_is_train_and_says_so(tmp_path: Path) -> None:
     dataset = open_dataset(write_voc(tmp_path, {"b": "", "a": ""}))
     assert [sample.id for sample in dataset.splits["train"]] == ["a", "b"]
-    assert "every annotation is in train" in dataset.notes[0]
+    assert "every annotation is in train" in dataset.notes[1]
+    assert dataset.notes[0].startswith("read as Pascal VOC: ")
 
 
 def test_voc_trainval_is_read_only_where_it_is_alone(tmp_path: Path) -> None:
     root = write_voc(tmp_path, {"a": "", "b": ""}, {"trainval": ["a"], "test": ["b"]})
     dataset = open_dataset(root)
     assert {name: len(rows) for name, rows in dataset.splits.items()} == {"train": 1, "test": 1}
-    assert "trainval.txt is read as train" in dataset.notes[0]
+    assert "trainval.txt is read as train" in dataset.notes[1]
 
 
 def test_voc_lists_of_classes_carry_marks(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_voc_lists_of_classes_carry_marks(tmp_path: Path) -> None:
 
 def test_voc_rows_in_no_split_are_noted(tmp_path: Path) -> None:
     root = write_voc(tmp_path, {"a": "", "b": "", "c": ""}, {"train": ["a"]})
-    assert "2 annotation files are in no split" in open_dataset(root).notes[0]
+    assert "2 annotation files are in no split" in open_dataset(root).notes[1]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_one_split_keeps_all_class_names_and_its_own_problems(tmp_path: Path) ->
     root = write_voc(tmp_path, rows, {"train": ["a", "c"], "val": ["b"]})
     dataset = open_dataset(root, split="val")
     assert list(dataset.splits) == ["val"]
-    assert dataset.labels == ("cow", "dog")
+    assert dataset.labels == ("cat", "cow", "dog")
     assert dataset.problems == []
     with pytest.raises(DataError, match="did you mean 'train'"):
         open_dataset(root, split="trains")
@@ -380,19 +381,19 @@ def test_parquet_shards_and_split_names(tmp_path: Path) -> None:
 def test_parquet_empty_list_is_a_negative_and_absent_is_not(tmp_path: Path) -> None:
     dataset = read(tmp_path, row(image_id="none", objects=objects()), row(image_id="lost", objects=None), row())
     assert [(sample.id, len(sample.boxes)) for sample in dataset.splits["train"]] == [("none", 0), ("a", 1)]
-    assert [(p.kind, p.action, p.id, p.row) for p in dataset.problems] == [("bad_row", "row_dropped", "lost", 1)]
+    assert [(p.kind, p.action, p.id, p.row) for p in dataset.problems] == [("bad_row", "row_dropped", "lost (row 1)", 1)]
 
 
 @pytest.mark.parametrize(
     ("written", "found", "label"),
     [
-        (objects((0, 0, 1, 1), names=["banana"], ids=[9]), [("unknown_category", "box_dropped")], None),
-        (objects((0, 0, 1, 1), names=["a<|im_end|>b"]), [("unknown_category", "box_dropped")], None),
-        (objects((0, 0, 1, 1), names=[None], ids=[99]), [("unknown_category", "box_dropped")], None),
-        (objects((0, 0, 1, 1), names=[None], ids=[-1]), [("unknown_category", "box_dropped")], None),
-        (objects((0, 0, 1, 1), names=[None], ids=[2]), [], "nutrition-table-small"),
+        (objects((0, 0, 1, 0.9), names=["banana"], ids=[9]), [("unknown_category", "box_dropped")], None),
+        (objects((0, 0, 1, 0.9), names=["a<|im_end|>b"]), [("unknown_category", "box_dropped")], None),
+        (objects((0, 0, 1, 0.9), names=[None], ids=[99]), [("unknown_category", "box_dropped")], None),
+        (objects((0, 0, 1, 0.9), names=[None], ids=[-1]), [("unknown_category", "box_dropped")], None),
+        (objects((0, 0, 1, 0.9), names=[None], ids=[2]), [], "nutrition-table-small"),
         (
-            objects((0, 0, 1, 1), names=["nutrition-table"], ids=[99]),
+            objects((0, 0, 1, 0.9), names=["nutrition-table"], ids=[99]),
             [("category_conflict", "kept")],
             "nutrition-table",
         ),
@@ -408,7 +409,7 @@ def test_parquet_categories(
 
 
 def test_parquet_of_this_schema_with_names_of_its_own(tmp_path: Path) -> None:
-    written = objects((0, 0, 1, 1), names=["a<|im_end|>b"])
+    written = objects((0, 0, 1, 0.9), names=["a<|im_end|>b"])
     dataset = read(tmp_path, row(objects=written))
     assert dataset.labels == ("a<|im_end|>b",)
     assert dataset.problems == []
@@ -436,9 +437,9 @@ def test_parquet_boxes_that_do_not_fit(
 
 
 def test_float32_rounding_over_the_edge_is_not_reported(tmp_path: Path) -> None:
-    dataset = read(tmp_path, row(objects=objects((-1e-8, 0, 1 + 1e-7, 1))))
+    dataset = read(tmp_path, row(objects=objects((-1e-8, 0, 1 + 1e-7, 0.5))))
     assert dataset.problems == []
-    assert only(dataset).boxes.tolist() == [[0, 0, 1, 1]]
+    assert only(dataset).boxes.tolist() == [[0, 0, 0.5, 1]]
 
 
 def test_lists_of_different_length(tmp_path: Path) -> None:
@@ -450,15 +451,18 @@ def test_lists_of_different_length(tmp_path: Path) -> None:
 
 def test_the_same_id_twice(tmp_path: Path) -> None:
     dataset = read(tmp_path, row(), row())
-    assert [sample.id for sample in dataset.splits["train"]] == ["a", "a#train/1"]
+    assert [sample.id for sample in dataset.splits["train"]] == ["a", "train/a"]
     assert kinds(dataset.problems) == [("duplicate_id", "kept")]
 
 
 @pytest.mark.parametrize("broken", [b"", b"not a picture", picture()[:30]])
-def test_parquet_picture_without_a_head(tmp_path: Path, broken: bytes) -> None:
-    dataset = read(tmp_path, row(image={"bytes": broken, "path": "x.jpg"}), row(image_id="b"))
-    assert kinds(dataset.problems) == [("unreadable_image", "row_dropped")]
-    assert only(dataset).id == "b"
+def test_parquet_picture_without_a_head_is_left_to_the_pre_pass(tmp_path: Path, broken: bytes) -> None:
+    dataset = read(tmp_path, row(image={"bytes": broken, "path": "x.jpg"}, width=None), row(image_id="b"))
+    first, second = dataset.splits["train"]
+    assert (first.width, first.height, len(first.boxes)) == (0, 0, 1)
+    with pytest.raises(ImageError):
+        _ = first.image
+    assert second.image.size == (40, 20)
 
 
 def test_parquet_picture_by_path_stays_in_the_folder(tmp_path: Path) -> None:
@@ -467,14 +471,11 @@ def test_parquet_picture_by_path_stays_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "set" / "in.jpg").write_bytes(picture())
     paths = {"in": "in.jpg", "up": "../secret.jpg", "root": str(tmp_path / "secret.jpg"), "gone": "gone.jpg"}
     rows = [row(image_id=name, image={"bytes": None, "path": path}) for name, path in paths.items()]
-    dataset = read(tmp_path, *rows)
-    assert only(dataset).id == "in"
-    assert only(dataset).image.size == (40, 20)
-    assert {p.id: p.kind for p in dataset.problems} == {
-        "up": "path_outside",
-        "root": "path_outside",
-        "gone": "unreadable_image",
-    }
+    samples = {sample.id: sample for sample in read(tmp_path, *rows).splits["train"]}
+    assert samples["in"].image.size == (40, 20)
+    for name, word in (("up", "no path inside"), ("root", "no path inside"), ("gone", "cannot be read")):
+        with pytest.raises(ImageError, match=word):
+            _ = samples[name].image
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -495,7 +496,7 @@ def test_turned_picture_whose_row_states_the_stored_size(tmp_path: Path, tag: in
     pixels = np.asarray(sample.image.convert("L")) > 127
     assert pixels[y1:y2, x1:x2].mean() > 0.9
     assert pixels.sum() == pytest.approx((y2 - y1) * (x2 - x1), rel=0.15)
-    assert kinds(dataset.problems) == [("exif_rotated", "kept")]
+    assert not sample.turn_unknown
 
 
 def test_turned_picture_whose_row_states_the_upright_size(tmp_path: Path) -> None:
@@ -507,35 +508,47 @@ def test_turned_picture_whose_row_states_the_upright_size(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("data", "size", "kind"),
+    ("data", "size"),
     [
-        (picture((30, 30), tag=6), (30, 30), "exif_rotated"),  # square: both sizes are equal
-        (picture(tag=3), (40, 20), "exif_rotated"),  # upside down: both sizes are equal
-        (picture(tag=6), (None, None), "exif_rotated"),  # nothing stated
-        (picture(tag=6), (80, 41), "size_mismatch"),  # neither of the two
+        (picture((30, 30), tag=6), (30, 30)),  # square: both sizes are equal
+        (picture(tag=3), (40, 20)),  # upside down: both sizes are equal
+        (picture(tag=6), (None, None)),  # nothing stated
     ],
 )
-def test_turned_picture_that_leaves_it_open_is_taken_as_upright_and_reported(
-    tmp_path: Path, data: bytes, size: tuple[int | None, int | None], kind: str
+def test_turned_picture_that_leaves_it_open_is_the_user_s_to_decide(
+    tmp_path: Path, data: bytes, size: tuple[int | None, int | None]
 ) -> None:
-    dataset = read(tmp_path, row(image={"bytes": data, "path": None}, width=size[0], height=size[1]))
-    sample = only(dataset)
-    assert kinds(dataset.problems) == [(kind, "kept")]
-    np.testing.assert_allclose(sample.boxes.xyxy, [[0.1, 0.25, 0.5, 0.5]], atol=1e-6)
-    assert (sample.width, sample.height) == sample.image.size
+    written = row(image={"bytes": data, "path": None}, width=size[0], height=size[1])
+    tag = 3 if size == (40, 20) else 6
+    box = [0.1, 0.25, 0.5, 0.5]
+    turned = {3: [0.5, 0.5, 0.9, 0.75], 6: [0.5, 0.1, 0.75, 0.5]}[tag]
+    for exif, unknown, expected in ((None, True, box), ("applied", False, box), ("ignored", False, turned)):
+        sample = only(read(tmp_path, written, exif=exif))
+        assert sample.turn_unknown is unknown
+        np.testing.assert_allclose(sample.boxes.xyxy, [expected], atol=1e-6)
+        assert (sample.width, sample.height) == sample.image.size
 
 
-def test_stated_size_is_wrong(tmp_path: Path) -> None:
-    dataset = read(tmp_path, row(width=400, height=200))
-    assert kinds(dataset.problems) == [("size_mismatch", "kept")]
-    assert (only(dataset).width, only(dataset).height) == (40, 20)
+def test_a_wrong_word_for_turned_pictures(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'ignored'"):
+        read(tmp_path, row(), exif="ignore")
+
+
+@pytest.mark.parametrize("size", [(400, 200), (80, 41)])
+def test_stated_size_that_is_neither_is_kept_for_the_pre_pass(tmp_path: Path, size: tuple[int, int]) -> None:
+    data = {"bytes": picture(tag=6), "path": None}
+    sample = only(read(tmp_path, row(image=data, width=size[0], height=size[1])))
+    assert (sample.width, sample.height) == size
+    assert not sample.turn_unknown
 
 
 def test_parquet_that_does_not_say_its_box_format(tmp_path: Path) -> None:
     other = {"image": {"bytes": picture(), "path": None}, "objects": {"bbox": [[4.0, 5, 16, 5]], "category": ["cat"]}}
-    with pytest.raises(DataError, match="--format xywh/pixel"):
+    with pytest.raises(DataError, match="--box-format") as caught:
         read(tmp_path, other)
-    dataset = read(tmp_path, other, format="xywh/pixel")
+    assert "xywh/pixel" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    dataset = read(tmp_path, other, box_format="xywh/pixel")
     np.testing.assert_allclose(only(dataset).boxes.xyxy, [[0.1, 0.25, 0.5, 0.5]])
     assert (dataset.labels, dataset.decided_by, only(dataset).id) == (("cat",), "given by the user", "train/0")
 
@@ -549,15 +562,15 @@ def test_class_labels_and_lists_of_structs(tmp_path: Path) -> None:
     rows = {"image": [{"bytes": picture(), "path": None}], "objects": [things]}
     path = tmp_path / "train.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
-    dataset = open_dataset(path, format="xyxy/pixel")
+    dataset = open_dataset(path, box_format="xyxy/pixel")
     np.testing.assert_allclose(only(dataset).boxes.xyxy, [[0.1, 0.25, 0.5, 0.5]])
     assert only(dataset).labels == ("dog",)
 
 
 def test_pixels_in_the_fraction_schema_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"2 of 2 boxes have numbers over 1\.5"):
+    with pytest.raises(DataError, match=r"2 of 2 boxes end before they begin or leave their picture; none does as yxyx/pixel"):
         read(tmp_path, row(objects=objects((5, 4, 10, 20), (0, 0, 20, 40))))
-    dataset = read(tmp_path, row(objects=objects((5, 4, 10, 20))), format="yxyx/pixel")
+    dataset = read(tmp_path, row(objects=objects((5, 4, 10, 20))), box_format="yxyx/pixel")
     np.testing.assert_allclose(only(dataset).boxes.xyxy, [[0.1, 0.25, 0.5, 0.5]])
 
 
@@ -572,7 +585,7 @@ def test_missing_source_says_what_is_there(tmp_path: Path) -> None:
 
 def test_folder_that_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"holds notes\.txt; name a folder with Annotations/"):
+    with pytest.raises(DataError, match=r"holds notes\.txt; name a folder with a data\.yaml"):
         open_dataset(tmp_path)
     with pytest.raises(DataError, match=r"ends with '\.txt'"):
         open_dataset(tmp_path / "notes.txt")
@@ -601,12 +614,13 @@ def test_parquet_without_objects(tmp_path: Path) -> None:
         read(tmp_path, {"caption": "x"})
 
 
-@pytest.mark.parametrize("name", ["vco", "coco"])
-def test_unknown_format(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match="unknown format"):
-        open_dataset(tmp_path, format=name)
+def test_unknown_format(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="unknown format 'vco'; did you mean 'voc'"):
+        open_dataset(tmp_path, format="vco")
+    with pytest.raises(DataError, match="--box-format xyxy/pixel"):
+        open_dataset(tmp_path, format="xyxy/pixel")
     with pytest.raises(ConfigError, match="unknown box order"):
-        open_dataset(tmp_path, format="xxyy/pixel")
+        open_dataset(tmp_path, box_format="xxyy/pixel")
 
 
 def test_hub_id_goes_through_load_dataset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

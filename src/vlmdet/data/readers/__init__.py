@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmdet.boxes import BoxFormat
-from vlmdet.data.readers import hub, jsonl, voc
+from vlmdet.data.readers import coco, hub, jsonl, voc
 from vlmdet.errors import DataError, did_you_mean
 from vlmdet.records import DetectionDataset
 
@@ -50,6 +50,7 @@ def _sign_of_files(find: Callable[[Path], list[Path]]) -> Callable[[Path], str]:
 
 LAYOUTS = {
     "voc": _Layout("Pascal VOC", _sign_of_voc, voc.read_voc),
+    "coco": _Layout("COCO", _sign_of_files(coco.find_files), coco.read_coco),
     "jsonl": _Layout("JSON lines", _sign_of_files(jsonl.find_files), jsonl.read_jsonl),
     "hub": _Layout("Parquet", _sign_of_files(hub.find_files), hub.read_parquet),
 }

@@ -146,7 +146,7 @@ def decide(
     enough = max(LEAST, OUT * len(values), 10 * best)
     spread = min(PICTURES, len(np.unique(owners)))
     left = [one for one in readings if one.misfits < enough or one.pictures < spread]
-    left = _by_border(left)
+    left = sorted(_by_border(left), key=lambda one: one.misfits)
     possible = tuple(one.box_format for one in left)
     table = _table(readings, left, values, owners)
     if len(left) != 1:

@@ -65,7 +65,7 @@ class Rows:
         """Columns that every sample's `meta` gets a value of, one value a row."""
         self._splits: dict[str, int] = {}
         self._files: dict[str, int] = {}
-        self._taken: set[str] = set()
+        self._taken: dict[str, int] = {}
         self._ids: list[str] = []
         self._pictures: list[str | Callable[[], bytes]] = []
         self._sizes = array("q")
@@ -101,6 +101,15 @@ class Rows:
         """Return the number of a class name; a new one gets the next."""
         return self.labels.setdefault(name, len(self.labels))
 
+    def used_labels(self) -> set[str]:
+        """Return the names of classes that have a box."""
+        names = list(self.labels)
+        return {names[number] for number in set(self._numbers)}
+
+    def meta_of(self, row: int) -> dict[str, Any]:
+        """Return what else a row says, to be added to."""
+        return self._meta.setdefault(row, {})
+
     def report(
         self, split: str, file: str, place: int | None, sample_id: str, kind: str, detail: str, action: str
     ) -> None:
@@ -132,28 +141,30 @@ class Rows:
         height: int = 0,
         group: str = "",
         meta: dict[str, Any] | None = None,
+        is_file_name: bool = False,
     ) -> int:
         """Add a picture.
 
         Input: an id, made unique here; `picture`, a path or a function that returns a file's bytes; `file` and `place`,
-        where the row stands; `width` and `height` as the row states them, 0 for not at all.
+        where the row stands; `width` and `height` as the row states them, 0 for not at all; `is_file_name`, the id is made
+        of a file's name, which files in the folders of different splits may share.
         Output: the number of the row.
         """
         self.add_split(split)
+        row, number = len(self._ids), self._splits[split]
         unique, place_number = sample_id, -1 if place is None else place
         if sample_id in self._taken:
             unique = f"{split}/{sample_id}"
             while unique in self._taken:
-                unique = f"{sample_id}#{split}/{len(self._ids)}{'+' if unique.startswith(f'{sample_id}#') else ''}"
-            said = f"'{sample_id[:200]}' is used before; this row is now '{unique[:200]}'"
-            self.report(split, file, place, unique, "duplicate_id", said, "kept")
-        self._taken.add(unique)
-        row = len(self._ids)
+                unique += f"#{row}"
+            if not is_file_name or self._taken[sample_id] == number:
+                said = f"'{sample_id[:200]}' is used before; this row is now '{unique[:200]}'"
+                self.report(split, file, place, unique, "duplicate_id", said, "kept")
+        self._taken[unique] = number
         self._ids.append(unique)
         self._pictures.append(picture)
-        self._sizes.append(width)
-        self._sizes.append(height)
-        self._row_splits.append(self._splits[split])
+        self._sizes.extend((width, height) if width > 0 and height > 0 else (0, 0))
+        self._row_splits.append(number)
         self._row_files.append(self._files.setdefault(file, len(self._files)))
         self._row_places.append(place_number)
         if group:
