@@ -103,6 +103,12 @@ class Writing:
                 self.boxes[split] += len(sample.boxes)
                 yield row
 
+    def leave_out(self, split: str, row: Row, kind: str, detail: str) -> None:
+        """Take back a row whose picture is embedded, since the target has no use for it."""
+        self.images[split] -= 1
+        self.boxes[split] -= len(row.sample.boxes)
+        self.report(row.sample, kind, detail, "row_dropped")
+
     def report(self, sample: Sample, kind: str, detail: str, action: str) -> None:
         """Note a problem of one row."""
         self.problems.append(Problem(sample.source, None, sample.id, kind, detail, action))

@@ -27,6 +27,7 @@ from vlmdet.data.writers.conversation import (
 )
 from vlmdet.data.writers.files import Writing
 from vlmdet.data.writers.parquet import hub_features, hub_row, split_path, write_rows
+from vlmdet.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -45,7 +46,12 @@ def write(writing: Writing, training: Training) -> dict[str, Any]:
 
     def rows(split: str) -> Iterator[dict[str, Any]]:
         for row in writing.rows(split, None):
-            talk = converse(row, asked, training.codec, view_of(row.width, row.height))
+            try:
+                view = view_of(row.width, row.height)
+            except DataError as error:  # longer than the processor takes
+                writing.leave_out(split, row, "extreme_shape", error.message)
+                continue
+            talk = converse(row, asked, training.codec, view)
             yield {
                 **hub_row(row, numbers),
                 "prompt": [{"role": "system", "content": talk.system}, {"role": "user", "content": talk.question}],
