@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmdet.boxes import BoxFormat
-from vlmdet.data.readers import coco, hub, jsonl, voc
+from vlmdet.data.readers import coco, csv_table, hub, jsonl, voc, yolo
 from vlmdet.errors import DataError, did_you_mean
 from vlmdet.records import DetectionDataset
 
@@ -49,10 +49,14 @@ def _sign_of_files(find: Callable[[Path], list[Path]]) -> Callable[[Path], str]:
 
 
 LAYOUTS = {
+    "yolo": _Layout(
+        "YOLO", _sign_of_files(lambda path: yolo.find_config(path) or yolo.find_plain(path)), yolo.read_yolo
+    ),
     "voc": _Layout("Pascal VOC", _sign_of_voc, voc.read_voc),
     "coco": _Layout("COCO", _sign_of_files(coco.find_files), coco.read_coco),
     "jsonl": _Layout("JSON lines", _sign_of_files(jsonl.find_files), jsonl.read_jsonl),
     "hub": _Layout("Parquet", _sign_of_files(hub.find_files), hub.read_parquet),
+    "csv": _Layout("CSV", _sign_of_files(csv_table.find_files), csv_table.read_csv),
 }
 """In the order in which `auto` asks for them."""
 

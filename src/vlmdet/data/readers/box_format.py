@@ -174,7 +174,9 @@ def _by_border(left: list[Reading]) -> list[Reading]:
     return [one for one in left if one.box_format.unit in piled]
 
 
-def _table(readings: Sequence[Reading], left: Sequence[Reading], values: np.ndarray, owners: np.ndarray) -> tuple[str, ...]:
+def _table(
+    readings: Sequence[Reading], left: Sequence[Reading], values: np.ndarray, owners: np.ndarray
+) -> tuple[str, ...]:
     kind = "whole numbers" if (values == np.rint(values)).all() else "numbers with decimals"
     lines = [
         f"{len(values)} boxes in {len(np.unique(owners))} pictures; {kind} from {values.min():g} to {values.max():g}",

@@ -164,7 +164,9 @@ def _read_file(rows: Rows, file: Path, root: Path, numbers: list[int | str], sup
             rows.report(split, name, place, f"images[{place}]", "bad_row", f"images[{place}]: {error}", "row_dropped")
             continue
         if image.id in by_id:
-            said = f"images[{place}] has the id {image.id} of an earlier one, so its boxes cannot be told from that one's"
+            said = (
+                f"images[{place}] has the id {image.id} of an earlier one, so its boxes cannot be told from that one's"
+            )
             rows.report(split, name, place, f"images[{place}]", "duplicate_id", said, "row_dropped")
             continue
         picture = finder.find(image.file_name)
@@ -209,7 +211,12 @@ def _categories(rows: Rows, records: _Records, file: Path, supers: set[str]) -> 
 
 
 def _read_boxes(
-    rows: Rows, records: _Records, by_id: Mapping[int | str, int], categories: Mapping[int | str, int], split: str, name: str
+    rows: Rows,
+    records: _Records,
+    by_id: Mapping[int | str, int],
+    categories: Mapping[int | str, int],
+    split: str,
+    name: str,
 ) -> None:
     """Add the boxes; an annotation that cannot be used is reported by its place in the list."""
     decode, crowds = records.as_type(_Annotation), 0
@@ -284,10 +291,10 @@ def _decode(file: Path) -> _Records:
             raise DataError(f"{file} is no whole JSON file ({error})", "write or download it again") from error
     if not isinstance(plain, dict):
         raise _not_coco(file, f"it is a {type(plain).__name__}")
-    lists = [plain.get(key) for key in ("images", "annotations", "categories")]
-    if not all(isinstance(records, list) for records in lists):
+    images, annotations, categories = (plain.get(key) for key in ("images", "annotations", "categories"))
+    if not (isinstance(images, list) and isinstance(annotations, list) and isinstance(categories, list)):
         raise _not_coco(file, "images, annotations or categories is no list")
-    return _Records(*lists, _from_plain)
+    return _Records(images, annotations, categories, _from_plain)
 
 
 def _from_json(kind: Any) -> Callable[[Any], Any]:

@@ -198,7 +198,9 @@ def _open(table: Any, place: functools.partial[tuple[str, int]], roots: tuple[Pa
     if stream is not None:
         kept = list(itertools.islice(raw, stream))
         pictures = [row.pop("image") for row in kept]
-        return _Split(kept, lambda number: functools.partial(_bytes, pictures[number], roots, _name(place, number)), place)
+        return _Split(
+            kept, lambda number: functools.partial(_bytes, pictures[number], roots, _name(place, number)), place
+        )
     column = raw.select_columns("image")
 
     def picture(number: int) -> functools.partial[bytes]:

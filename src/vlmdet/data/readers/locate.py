@@ -47,7 +47,7 @@ class Finder:
         if _PLAIN.fullmatch(name):
             paths = [os.path.join(folder, name) for folder in self._folders]
         else:
-            paths = [str(path) for folder in self._folders if (path := safe_path(Path(folder), name, self.root))]
+            paths = [str(safe) for folder in self._folders if (safe := safe_path(Path(folder), name, self.root))]
             if not paths:
                 return None
         if not self.found and len(self.missing) >= GIVE_UP:

@@ -41,7 +41,7 @@ def read_objects(objects: Any) -> list[Thing] | None:
     if isinstance(objects, Mapping):
         field = box_field(objects)
         boxes = objects.get(field) if field else None
-        if not _is_list(boxes):
+        if boxes is None or not _is_list(boxes):
             return None
         lists = {key: objects[key] for key in (field, *CLASS) if _is_list(objects.get(key))}
         if any(len(values) != len(boxes) for values in lists.values()):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from vlmdet.boxes import Boxes, BoxFormat
 from vlmdet.data.readers.box_format import Decision
@@ -55,7 +56,8 @@ def draw_readings(readings: Sequence[BoxFormat], shown: Sequence[Shown]) -> Path
     from vlmdet.utils.visualization import image_grid, visualize_bbox_on_image
 
     columns = list(readings)[:READINGS]
-    images, titles = [], []
+    images: list[Image.Image] = []
+    titles: list[str] = []
     for picture, name, (width, height), values in shown:
         if len(images) == PICTURES * len(columns):
             break

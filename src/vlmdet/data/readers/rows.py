@@ -79,6 +79,7 @@ class Rows:
         self._numbers = array("q")
         self._places = array("q")
         self._problems: list[tuple[str, Problem]] = []
+        self._dropped: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -128,6 +129,11 @@ class Rows:
         """Note a problem of a row that was added; `place` defaults to the row's own."""
         split, file, where = self._where(row)
         self.report(split, file, where if place is None else place, self._ids[row], kind, detail, action)
+
+    def drop(self, row: int, kind: str, detail: str) -> None:
+        """Leave out a row that was added, and say why."""
+        self.report_row(row, kind, detail, "row_dropped")
+        self._dropped.add(row)
 
     def add(
         self,
@@ -201,7 +207,7 @@ class Rows:
     ) -> DetectionDataset:
         """Decide how boxes are written, check each, and make the data set.
 
-        Input: `stated`, what the format defines, and `why`; `given`, what the user named, which wins; `allowed`, readings
+        Input: `stated`, what the format defines, and `why`, or why only some are `allowed`; `given`, what the user named, which wins; `allowed`, readings
         that the format leaves open where it defines none; `labels`, class names in order, None for the order of
         appearance; `reads_heads` where a picture's head is at hand and may correct a stated size.
         Output: the data set.
@@ -213,17 +219,20 @@ class Rows:
         owners = np.frombuffer(self._owners, dtype=np.int64)
         sizes = np.array(self._sizes, dtype=np.int64).reshape(-1, 2)
         known = given or stated
-        left_out = np.zeros(len(self), dtype=bool)
         if self._needs_sizes(known, allowed, values):
-            left_out = self._fill_sizes(sizes, owners)
+            self._fill_sizes(sizes, owners)
+        left_out = np.zeros(len(self), dtype=bool)
+        left_out[sorted(self._dropped)] = True
         usable = ~left_out[owners]
         box_sizes = sizes[owners]
-        decided_by, table = ("given by the user" if given else why), ()
+        decided_by = "given by the user" if given else why
+        table: tuple[str, ...] = ()
         if known is None:
             decision = decide(values[usable], box_sizes[usable], owners[usable], allowed)
             if decision.box_format is None:
                 raise refuse_open(self.source, decision, self._shown(values, sizes, owners, usable))
-            known, decided_by, table = decision.box_format, decision.reason, decision.table
+            known, table = decision.box_format, decision.table
+            decided_by = f"{why}; {decision.reason}" if why else decision.reason
         self._refuse_misfits(values[usable], box_sizes[usable], known, decided_by)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             xyxy = many_to_fractions(values, known, box_sizes)
@@ -265,23 +274,19 @@ class Rows:
             return known.unit == "pixel"
         return any(one.unit == "pixel" for one in allowed) and bool((values > 2).any())
 
-    def _fill_sizes(self, sizes: np.ndarray, owners: np.ndarray) -> np.ndarray:
-        """Read sizes that no row states from the heads of pictures with boxes; returns a mask of rows left out."""
-        left_out = np.zeros(len(sizes), dtype=bool)
-        for row in np.intersect1d(np.flatnonzero((sizes <= 0).any(axis=1)), owners).tolist():
+    def _fill_sizes(self, sizes: np.ndarray, owners: np.ndarray) -> None:
+        """Read sizes that no row states, in place, from the heads of pictures with boxes; drop what has none."""
+        for row in np.intersect1d(np.flatnonzero(sizes[:, 0] <= 0), owners).tolist():
             try:
                 stored, tag = read_head(self._picture_of(row), self._source_of(row))
             except ImageError as error:
-                self.report_row(row, "unreadable_image", error.message, "row_dropped")
-                left_out[row] = True
+                self.drop(row, "unreadable_image", error.message)
                 continue
             if tag != 1 and self.exif is None:
                 said = f"EXIF orientation {tag}, pixels and no stated size: say --exif applied or --exif ignored"
-                self.report_row(row, "exif_undecided", said, "row_dropped")
-                left_out[row] = True
+                self.drop(row, "exif_undecided", said)
             upright = tag >= 5 and self.exif == "applied"
             sizes[row] = stored[::-1] if upright else stored
-        return left_out
 
     def _shown(
         self, values: np.ndarray, sizes: np.ndarray, owners: np.ndarray, usable: np.ndarray, most: int = 40
@@ -294,9 +299,7 @@ class Rows:
             for row in chosen.tolist()
         ]
 
-    def _refuse_misfits(
-        self, values: np.ndarray, sizes: np.ndarray, box_format: BoxFormat, decided_by: str
-    ) -> None:
+    def _refuse_misfits(self, values: np.ndarray, sizes: np.ndarray, box_format: BoxFormat, decided_by: str) -> None:
         """Stop where most boxes cannot be meant under the format, while another fits them all."""
         wrong = int(sum(mask.sum() for mask in misfits(values, box_format, sizes)))
         if 2 * wrong <= len(values):
@@ -304,7 +307,8 @@ class Rows:
         fitting = [
             str(other)
             for other in FORMATS
-            if (other.unit != "pixel" or (sizes > 0).all()) and not sum(mask.sum() for mask in misfits(values, other, sizes))
+            if (other.unit != "pixel" or (sizes > 0).all())
+            and not sum(mask.sum() for mask in misfits(values, other, sizes))
         ]
         if fitting:
             raise DataError(
@@ -343,7 +347,9 @@ class Rows:
             (tiny, "tiny_box", f"has a side below {TINY_SIDE:.1%} of the picture's", "kept"),
         ]
         twins = self._duplicates(xyxy, keep)
-        kinds.append((twins, "duplicate_box", f"is another box of its picture and label (IoU > {DUPLICATE_IOU})", "kept"))
+        kinds.append(
+            (twins, "duplicate_box", f"is another box of its picture and label (IoU > {DUPLICATE_IOU})", "kept")
+        )
         names = list(self.labels)
         for number in np.flatnonzero(np.logical_or.reduce([mask for mask, *_ in kinds])).tolist():
             row = int(owners[number])
@@ -373,7 +379,9 @@ class Rows:
             near = (owners[a] == owners[b]) & (numbers[a] == numbers[b])
             near &= xyxy[b, 0] - xyxy[a, 0] <= (1 - DUPLICATE_IOU) * (xyxy[a, 2] - xyxy[a, 0])
             first, a, b = first[near], a[near], b[near]
-            both = (np.minimum(xyxy[a, 2:], xyxy[b, 2:]) - np.maximum(xyxy[a, :2], xyxy[b, :2])).clip(min=0).prod(axis=1)
+            both = (
+                (np.minimum(xyxy[a, 2:], xyxy[b, 2:]) - np.maximum(xyxy[a, :2], xyxy[b, :2])).clip(min=0).prod(axis=1)
+            )
             areas = (xyxy[:, 2:] - xyxy[:, :2])[np.stack([a, b])].prod(axis=2).sum(axis=0)
             same = both > DUPLICATE_IOU * (areas - both)
             is_twin[np.maximum(a, b)[same]] = True
@@ -455,7 +463,9 @@ def read_text(path: Path, most: int = 64_000_000) -> str:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8") from error
+        raise DataError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
+        ) from error
 
 
 def side(value: Any) -> int:
