@@ -368,7 +368,7 @@ def assert_detections(found: Any, source: DetectionDataset, split: str, shift: S
         )
 
 
-@pytest.fixture(params=["small", "bccd"])
+@pytest.fixture(params=["small", "bccd", "coco128"])
 def source(request: pytest.FixtureRequest, small: DetectionDataset) -> DetectionDataset:
     """The small set, and twenty rows of each split of real ones."""
     if request.param == "small":
