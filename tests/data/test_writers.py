@@ -226,23 +226,31 @@ def test_a_turned_picture_is_upright_where_the_target_does_not_turn(
     source = turned_picture(tmp_path / f"a{suffix}", kind)
     row = sample(source, [[10, 12, 30, 24]], ["cat"], width=40, height=60)
     folder = write_dataset(dataset(row), tmp_path / "out", to=to)
-    problems = (folder / "problems.jsonl").read_text()
+    (problem,) = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    assert (problem["kind"], problem["action"]) == ("exif_rotated", "kept")
     if to == "parquet":
-        assert problems == ""
         return
     (written,) = folder.rglob(f"a{suffix}")
     with Image.open(written) as image:
         turn, size, pixels = image.getexif().get(274, 1), image.size, np.asarray(image.convert("RGB")).astype(int)
     if to == "jsonl":
-        assert written.read_bytes() == source.read_bytes() and problems == ""
+        assert written.read_bytes() == source.read_bytes()
         return
     assert (turn, size) == (1, (40, 60))
     red = pixels[..., 1] < 128
     rows, columns = np.nonzero(red)
     edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     np.testing.assert_allclose(edges, [10, 12, 30, 24], atol=1 if kind == "JPEG" else 0)
-    assert json.loads(problems)["kind"] == "exif_rotated"
     assert json.loads((folder / "conversion.json").read_text())["pictures"] == {"turned_upright": 1}
+
+
+def test_a_row_whose_turn_is_open_is_left_out(tmp_path: Path) -> None:
+    source = turned_picture(tmp_path / "a.jpg", "JPEG")
+    row = sample(source, [[10, 12, 30, 24]], ["cat"], width=40, height=60, turn_unknown=True)
+    folder = write_dataset(dataset(row), tmp_path / "out", to="yolo", max_problems=1)
+    problem = json.loads((folder / "problems.jsonl").read_text())
+    assert (problem["kind"], problem["action"]) == ("exif_rotated", "row_dropped") and "--exif" in problem["detail"]
+    assert not list((folder / "images").rglob("*.jpg"))
 
 
 def test_link(small: DetectionDataset, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def look_at(sample: Sample) -> Look:
         return Look((Finding("truncated_image", error.message, "row_dropped"),), digest)
     except ImageError as error:
         return Look((Finding("unreadable_image", error.message, "row_dropped"),), digest)
-    findings = (*_oddities(image.mode, stored), *_compare_size(sample, stored, tag))
+    findings = (*_oddities(image.mode, stored), *compare_size(sample, stored, tag))
     return Look(findings, digest, *_fingerprint(to_upright_rgb(image)))
 
 
@@ -200,8 +200,11 @@ def _oddities(mode: str, size: tuple[int, int]) -> Iterator[Finding]:
         yield Finding("large_image", f"{size[0]} x {size[1]} pixels; scale it down to save time", "kept")
 
 
-def _compare_size(sample: Sample, stored: tuple[int, int], tag: int) -> Iterator[Finding]:
-    """Compare what a row says with the file, whose EXIF orientation is `tag`."""
+def compare_size(sample: Sample, stored: tuple[int, int], tag: int) -> Iterator[Finding]:
+    """Compare what a row says with the file, whose EXIF orientation is `tag` and whose size before the turn is `stored`.
+
+    When: once per row, by the pre-pass and by the writers.
+    """
     stated, upright = (sample.width, sample.height), (stored[1], stored[0]) if tag >= 5 else stored
     said = f"stated as {stated[0]} x {stated[1]}, is {upright[0]} x {upright[1]}"
     if sample.turn_unknown:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL.TiffImagePlugin import TiffImageFile
 
 from vlmdet.boxes import BoxFormat
+from vlmdet.data.pictures import compare_size
 from vlmdet.errors import DataError, ImageError
 from vlmdet.images import load, open_file, orientation, to_upright_rgb
 from vlmdet.records import DetectionDataset, Problem, Sample
@@ -149,18 +150,20 @@ class Writing:
         source = sample.picture if isinstance(sample.picture, Path) else sample.picture()
         image = open_file(source, name)
         kind, turn = image.format or "", orientation(image)
-        sideways = turn >= 5 and not isinstance(image, TiffImageFile)  # Pillow turns a TIFF itself, its size too
-        width, height = image.size[::-1] if sideways else image.size
-        if not self._fits(sample, width, height):
-            return None
+        tag = 1 if isinstance(image, TiffImageFile) else turn  # Pillow turns a TIFF itself, its size too
+        width, height = image.size[::-1] if tag >= 5 else image.size
+        findings = list(compare_size(sample, image.size, tag))
         turned = self.upright and turn != 1
+        for finding in findings:
+            self.report(sample, *finding)
+        if any(finding.action == "row_dropped" for finding in findings):
+            return None
         if turned:
             load(image, name)
             kind = "JPEG" if kind in _JPEGS else "PNG"
             file = io.BytesIO()
             to_upright_rgb(image).save(file, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
             data = file.getvalue()
-            self.report(sample, "exif_rotated", f"EXIF orientation {turn}: written upright as {kind}", "kept")
         else:
             data = source.read_bytes() if isinstance(source, Path) else source
         stem = self._stem(sample.id)
@@ -175,18 +178,6 @@ class Writing:
             target.write_bytes(data)
         self.pictures["turned_upright" if turned else "linked" if linked else "copied"] += 1
         return Row(sample, stem, f"{folder}/{written}", width, height)
-
-    def _fits(self, sample: Sample, width: int, height: int) -> bool:
-        """Report a picture whose size is not the stated one; one of another shape cannot be used."""
-        if (width, height) == (sample.width, sample.height):
-            return True
-        said = f"stated as {sample.width} x {sample.height}, is {width} x {height}"
-        # the same shape within the rounding of one pixel
-        if abs(sample.width * height - sample.height * width) <= max(sample.width, sample.height, width, height):
-            self.report(sample, "size_mismatch", f"{said}, of the same shape", "kept")
-            return True
-        self.report(sample, "size_mismatch", f"{said}: its boxes would lie elsewhere", "row_dropped")
-        return False
 
     def _stem(self, sample_id: str) -> str:
         """Return a name that no other picture of the set has, and note it where it is not the id."""

@@ -49,7 +49,7 @@ def write(writing: Writing, training: Training) -> dict[str, Any]:
             try:
                 view = view_of(row.width, row.height)
             except DataError as error:  # longer than the processor takes
-                writing.leave_out(split, row, "extreme_shape", error.message)
+                writing.leave_out(split, row, "too_long_image", error.message)
                 continue
             talk = converse(row, asked, training.codec, view)
             yield {
