@@ -86,6 +86,25 @@ def build_parser() -> argparse.ArgumentParser:
     _add_overrides(train)
     _add_json(train)
 
+    inspect = _verb(
+        verbs, "inspect", _inspect, "what is in a data set: one screen, and a page of pictures with their boxes",
+        [
+            "vlmdet inspect FOLDER",
+            "vlmdet inspect FOLDER --model tiny --html look.html",
+            "vlmdet inspect bccd --classes WBC --json",
+        ],
+    )  # fmt: skip
+    inspect.add_argument("source", metavar="SOURCE", help="a folder, a file, or the id of a hub data set")
+    inspect.add_argument(
+        "--model", metavar="FAMILY", default="qwen2-vl", help="whose resize: tiny, qwen2-vl, qwen2.5-vl or qwen3-vl"
+    )
+    inspect.add_argument("--min-pixels", type=int, help="smallest picture area after the resize, other than usual")
+    inspect.add_argument("--max-pixels", type=int, help="largest picture area after the resize, other than usual")
+    inspect.add_argument("--factor", type=int, help="side in pixels of one image token: 28, or 32 for Qwen3-VL")
+    inspect.add_argument("--html", type=Path, metavar="OUT", help="the page (default: inspect-NAME.html)")
+    _add_selection(inspect)
+    _add_json(inspect)
+
     convert = _verb(
         verbs, "convert", _convert, "write a data set in another layout, or as training files for another trainer",
         [
@@ -163,6 +182,13 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", action="append", metavar="NAME", help="class to look for; repeat for several")
     parser.add_argument("--rename", action="append", metavar="OLD=NEW", help='e.g. WBC="white blood cell"')
     parser.add_argument("--limit", type=int, metavar="N", help="keep N rows of each split")
+    parser.add_argument("--format", metavar="LAYOUT", help="auto (default), coco, yolo, voc, jsonl, hub, or csv")
+    parser.add_argument(
+        "--box-format",
+        metavar="ORDER/UNIT",
+        help="xyxy, yxyx, xywh or cxcywh / pixel, fraction or per_mille; else decided",
+    )
+    parser.add_argument("--exif", choices=("applied", "ignored"), help="were boxes drawn on pictures turned upright?")
 
 
 def _say(args: argparse.Namespace) -> Callable[[str], None]:
@@ -190,6 +216,11 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    """Turn --format, --box-format and --exif into settings, which are arguments of `open_dataset` too."""
+    return {key: value for key in ("format", "box_format", "exif") if (value := getattr(args, key)) is not None}
+
+
 def _demo(args: argparse.Namespace) -> None:
     from vlmdet.demo import run_demo
 
@@ -202,7 +233,7 @@ def _train(args: argparse.Namespace) -> None:
     from vlmdet.config import check, find_recipe, load_settings
 
     base = load_settings(find_recipe(args.recipe))
-    flags: dict[str, Any] = {"data": {"source": args.source, **_selection(args)}}
+    flags: dict[str, Any] = {"data": {"source": args.source, **_reading(args), **_selection(args)}}
     if args.max_problems is not None:
         flags["data"]["max_problems"] = args.max_problems
     if args.model:
@@ -223,13 +254,41 @@ def _train(args: argparse.Namespace) -> None:
         print(json.dumps({"run": str(folder)}))
 
 
+def _inspect(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from vlmdet.data.explore import FAMILIES, format_summary, summarise
+    from vlmdet.data.explore.page import write_page
+    from vlmdet.data.pictures import look_over
+    from vlmdet.data.readers import open_dataset
+    from vlmdet.data.select import select, write_problems
+    from vlmdet.errors import did_you_mean
+
+    if args.model not in FAMILIES:
+        raise ConfigError(f"unknown model family '{args.model}'", did_you_mean(args.model, FAMILIES))
+    limits = FAMILIES[args.model]._replace(**_given(args, "min_pixels", "max_pixels", "factor"))
+    path = args.html or Path(f"inspect-{Path(args.source).resolve().name.replace(' ', '-')}.html")
+    if path.is_dir():
+        raise ConfigError(f"--html {path} is a folder", f"name a file, e.g. --html {path / 'inspect.html'}")
+    say = _say(args)
+    dataset = select(open_dataset(args.source), **_selection(args))
+    looked = look_over([sample for samples in dataset.splits.values() for sample in samples])
+    dataset = replace(dataset, problems=[*dataset.problems, *looked.problems])
+    summary = summarise(dataset, limits=limits)
+    problems = write_problems(path.with_suffix(".problems.jsonl"), dataset.problems)
+    write_page(path, summary, dataset, twins=looked.twins)
+    say(f"{format_summary(summary)}\n\npage: {path}\nevery problem: {problems}")
+    if args.json:
+        print(json.dumps({**summary.as_dict(), "page": str(path), "problems_file": str(problems)}))
+
+
 def _convert(args: argparse.Namespace) -> None:
     from vlmdet.data.readers import open_dataset
     from vlmdet.data.select import refuse_above, select
     from vlmdet.data.writers import Training, format_report, write_dataset
 
     say = _say(args)
-    dataset = open_dataset(args.source)
+    dataset = open_dataset(args.source, **_reading(args))
     rows = sum(map(len, dataset.splits.values())) + sum(one.action == "row_dropped" for one in dataset.problems)
     share = _given(args, "max_problems")
     refuse_above(dataset.problems, rows, *share.values())
