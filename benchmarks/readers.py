@@ -32,7 +32,8 @@ def draw(file: Path, pictures: int, *, boxes: float = 7.0, seed: int = 0) -> int
     rng = np.random.default_rng(seed)
     counts = rng.poisson(boxes, pictures)
     images = [
-        {"id": i + 1, "file_name": f"{i + 1:012}.jpg", "width": 640, "height": 480, "license": 1} for i in range(pictures)
+        {"id": i + 1, "file_name": f"{i + 1:012}.jpg", "width": 640, "height": 480, "license": 1}
+        for i in range(pictures)
     ]
     annotations = []
     for i, count in enumerate(counts.tolist()):

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from vlmdet.boxes import BoxFormat
 from vlmdet.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
@@ -36,7 +37,19 @@ class DataSettings:
     """A folder, a file, or the id of a hub data set. Empty: the command line must name one."""
 
     format: str = "auto"
-    """How the source writes boxes. `auto` decides by what lies there and prints why; name it when that is wrong."""
+    """Layout of the source: coco, yolo, voc, jsonl, hub, csv. `auto` decides by what lies there and prints why; name it
+    when that is wrong."""
+
+    box_format: str | None = None
+    """Order and unit of the four numbers, such as `xywh/pixel`, where neither the layout nor the numbers tell. Named
+    wrongly, every box lies elsewhere. Null: decided, and refused where it is open."""
+
+    exif: Literal["applied", "ignored"] | None = None
+    """Whether the tool that drew the boxes showed pictures turned upright (`applied`) or as stored (`ignored`), for turned
+    pictures whose rows do not tell. Null: such rows are left out and counted."""
+
+    stream: int | None = None
+    """Of a hub data set, fetch so many rows of each split and keep their pictures in memory, instead of downloading it."""
 
     classes: tuple[str, ...] = ()
     """Names, as the source writes them, to look for; boxes of all others are left out. Empty: every class."""
@@ -298,6 +311,12 @@ def _limits(settings: Settings, *, needs_data: bool) -> Iterator[tuple[str, Any,
     yield "name", settings.name, good_name, "it becomes a folder: use letters, digits, '.', '_' and '-'"
 
     yield "data.source", data.source, bool(data.source) or not needs_data, "name a folder, a file or a hub data set"
+    yield "data.stream", data.stream, data.stream is None or data.stream >= 1, "give at least 1, or null to download"
+    if data.box_format is not None:
+        try:
+            BoxFormat.parse(data.box_format)
+        except ConfigError as error:
+            yield "data.box_format", data.box_format, False, str(error)
     yield "data.limit", data.limit, data.limit is None or data.limit >= 1, "give at least 1, or null for every row"
     yield "data.val_fraction", data.val_fraction, 0 <= data.val_fraction < 1, "give a share from 0 to below 1"
     yield "data.max_problems", data.max_problems, 0 <= data.max_problems <= 1, "give a share from 0 to 1"

@@ -73,7 +73,11 @@ def read_data(settings: Settings, say: Say) -> DetectionDataset:
         DataError: nothing there, an unknown class, or no rows left.
     """
     data = settings.data
-    dataset = open_dataset(data.source, format=data.format)
+    dataset = open_dataset(
+        data.source, format=data.format, box_format=data.box_format, exif=data.exif, stream=data.stream
+    )
+    for line in dataset.notes:
+        say(line)
     dataset = select(
         dataset, classes=data.classes or None, rename=data.rename or None, limit=data.limit, seed=data.seed
     )

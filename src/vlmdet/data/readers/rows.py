@@ -207,9 +207,10 @@ class Rows:
     ) -> DetectionDataset:
         """Decide how boxes are written, check each, and make the data set.
 
-        Input: `stated`, what the format defines, and `why`, or why only some are `allowed`; `given`, what the user named, which wins; `allowed`, readings
-        that the format leaves open where it defines none; `labels`, class names in order, None for the order of
-        appearance; `reads_heads` where a picture's head is at hand and may correct a stated size.
+        Input: `stated`, what the format defines, and `why`; `given`, what the user named, which wins; `allowed`, readings
+        that the format leaves open where it defines none (`why` then says what it does tell); `labels`, class names in
+        order, None for the order of appearance; `reads_heads` where a picture's head is at hand and may correct a stated
+        size.
         Output: the data set.
 
         Raises:
