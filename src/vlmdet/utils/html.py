@@ -43,6 +43,7 @@ figure h3 { font-size: 1rem; margin: 0 0 .25rem; }
 figcaption { margin-top: .4rem; }
 figcaption, td { unicode-bidi: plaintext; }
 .scroll { overflow-x: auto; }
+summary { cursor: pointer; padding: .5rem 0; }
 table { border-collapse: collapse; min-width: min(100%, 30rem); font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; }
@@ -152,6 +153,12 @@ def table(
             f"{len(head)} columns, {len(cells)} rows of {sorted({len(row) for row in cells})}, {len(bars)} bars"
         )
     return render(_TABLE, head=list(head), rows=cells, numbers=set(numbers), bars=list(bars))
+
+
+def folded(title: str, *parts: Markup) -> Markup:
+    """Return parts that show when their title is pressed; no script is needed for it."""
+    template = "<details><summary>{{ title }}</summary>\n{{ body }}</details>"
+    return render(template, title=title, body=Markup("\n").join(parts))
 
 
 def grid(parts: Iterable[Markup], *, least: str = "15rem") -> Markup:

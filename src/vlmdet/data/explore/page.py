@@ -24,6 +24,7 @@ PICTURE_SIDE = 360
 """Longer side of a picture on the page, in pixels."""
 
 _SEVERITY = {"row_dropped": 0, "box_dropped": 1, "box_clipped": 2}
+_CLASSES = 20  # that are shown at once; the others are folded
 _POOL = 2000  # rows among which the mosaic is chosen
 
 
@@ -130,9 +131,14 @@ def _classes(summary: Summary, colors: Mapping[str, str]) -> Markup:
         for one in summary.classes
     ]
     bars = [one["boxes"] / most for one in summary.classes]
-    return html.section(
-        "Instances per class", html.table(("class", "boxes", "in pictures"), rows, numbers=(1, 2), bars=bars)
-    )
+
+    def table(part: slice) -> Markup:
+        return html.table(("class", "boxes", "in pictures"), rows[part], numbers=(1, 2), bars=bars[part])
+
+    parts = [table(slice(_CLASSES))]
+    if len(rows) > _CLASSES:
+        parts.append(html.folded(f"{len(rows) - _CLASSES} more classes", table(slice(_CLASSES, None))))
+    return html.section("Instances per class", *parts)
 
 
 def _swatch(color: str, text: str) -> Markup:

@@ -273,9 +273,11 @@ def format_summary(summary: Summary, *, most_classes: int = 12, most_kinds: int 
     When: once per `inspect`. Texts of the data set are made one line without control characters.
     """
     limits, quantiles = summary.limits, summary.quantiles
+    unused = sum(not one["boxes"] for one in summary.classes)
     lines = [
         f"{one_line(summary.source)}: {summary.images:,} pictures, {summary.boxes:,} boxes, "
-        f"{len(summary.classes)} class{'es' if len(summary.classes) != 1 else ''}",
+        f"{len(summary.classes)} class{'es' if len(summary.classes) != 1 else ''}"
+        + (f" ({unused} without a box)" if unused else ""),
         f"boxes read as {summary.box_format} ({one_line(summary.decided_by, 400)})",
         *(one_line(note, 400) for note in summary.notes),
         "",
