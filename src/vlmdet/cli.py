@@ -271,7 +271,7 @@ def _inspect(args: argparse.Namespace) -> None:
     if path.is_dir():
         raise ConfigError(f"--html {path} is a folder", f"name a file, e.g. --html {path / 'inspect.html'}")
     say = _say(args)
-    dataset = select(open_dataset(args.source), **_selection(args))
+    dataset = select(open_dataset(args.source, **_reading(args)), **_selection(args))
     looked = look_over([sample for samples in dataset.splits.values() for sample in samples])
     dataset = replace(dataset, problems=[*dataset.problems, *looked.problems])
     summary = summarise(dataset, limits=limits)

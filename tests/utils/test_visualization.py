@@ -12,7 +12,13 @@ from PIL import Image
 from vlmdet.boxes import Boxes
 from vlmdet.errors import DataError
 from vlmdet.utils import visualization
-from vlmdet.utils.visualization import draw_truth_and_prediction, image_grid, visualize_bbox_on_image
+from vlmdet.utils.visualization import (
+    class_colors,
+    draw_classes,
+    draw_truth_and_prediction,
+    image_grid,
+    visualize_bbox_on_image,
+)
 
 BOX = [[0.25, 0.25, 0.75, 0.75]]
 GREY = (120, 120, 120)
@@ -331,6 +337,34 @@ def test_a_grid_of_one_picture_is_no_wider_than_it():
         image_grid([grey()], ["a", "b"], 3)
     with pytest.raises(ValueError, match="0 columns"):
         image_grid([grey()], ["a"], 0)
+
+
+def test_classes_have_their_own_colors_and_the_rest_one_in_common():
+    colors = class_colors([f"class {number}" for number in range(9)] + ["class 0"])
+    assert len(colors) == 9
+    assert len(set(colors.values())) == 8
+    assert colors["class 7"] == colors["class 8"] == visualization.OTHER_COLOR
+
+
+def test_boxes_are_drawn_in_the_colors_of_their_classes():
+    boxes, colors = [[0.1, 0.1, 0.4, 0.9], [0.6, 0.1, 0.9, 0.9]], {"a": "#ff0000", "b": "#00d020"}
+    pixels = np.asarray(draw_classes(grey(), boxes, ["a", "b"], colors, most_named=0))
+    assert is_red(pixels[20:181, 40]).all()  # 400 x 200: x from 40 to 160, y from 20 to 180
+    assert is_green(pixels[20:181, 240]).all()
+    assert not is_green(pixels[:, :200]).any()
+    assert not is_red(pixels[:, 200:]).any()
+
+
+def test_labels_of_classes_are_written_where_there_are_few():
+    boxes, colors = [[0.3, 0.3, 0.6, 0.9]] * 2, {"cup": "#ff0000"}
+    silent = np.asarray(draw_classes(grey(), boxes, ["cup", "cup"], colors, most_named=1))
+    named = np.asarray(draw_classes(grey(), boxes, ["cup", "cup"], colors, most_named=2))
+    assert is_untouched(silent[:55]).all()  # the boxes begin at 60
+    assert is_red(named[:55]).any()
+    one = np.asarray(draw_classes(grey(), boxes[:1], ["cup"], colors, most_named=2))
+    assert (named != one).any()  # two labels of one box stand beside each other
+    with pytest.raises(ValueError, match="2 boxes, 1 labels"):
+        draw_classes(grey(), boxes, ["cup"], colors)
 
 
 def test_importing_is_silent_and_brings_neither_opencv_nor_torch():
