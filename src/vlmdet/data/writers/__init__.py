@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmdet.data.select import refuse_above, write_problems
-from vlmdet.data.writers import coco, jsonl, parquet, swift, trl, voc, yolo
+from vlmdet.data.writers import coco, jsonl, llamafactory, parquet, swift, trl, voc, yolo
 from vlmdet.data.writers.conversation import Training
 from vlmdet.data.writers.files import Writing
 from vlmdet.errors import ConfigError, DataError, did_you_mean
@@ -53,6 +53,7 @@ TARGETS = {
     "jsonl": Target(jsonl.write, jsonl.ROUNDING, upright=False),
     "parquet": Target(parquet.write, parquet.ROUNDING, upright=False),
     "swift": Target(swift.write, swift.ROUNDING, upright=True, trains=True),
+    "llamafactory": Target(llamafactory.write, llamafactory.ROUNDING, upright=True, trains=True),
     "trl": Target(trl.write, trl.ROUNDING, upright=False, trains=True),
 }
 
