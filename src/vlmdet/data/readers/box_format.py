@@ -31,7 +31,7 @@ SLACK: dict[Unit, float] = {"pixel": 1.5, "fraction": 0.002, "per_mille": 2.0}
 LEAST = 8
 """Misfits without which no reading is out, however few boxes there are."""
 
-OUT = 0.05
+OUT = 0.1
 """Share of the boxes that must misfit for a reading to be out."""
 
 FITS = 0.002
