@@ -46,6 +46,17 @@ def test_text_boxes_and_pixels_agree_after_any_mixture(seed: int) -> None:
     assert list(parsed.boxes.raster_order()) == [0, 1]
 
 
+@pytest.mark.parametrize("change", GEOMETRY)
+def test_each_change_moves_the_box_with_its_picture(change: str) -> None:
+    boxes = Boxes(np.array([[x / side for x, side in zip(PLACES["red sign"], SIZE * 2, strict=True)]]))
+    for seed in range(8):
+        moved, found = augment(picture(), boxes, np.random.default_rng(seed), **{change: 1.0})
+        assert moved.size != SIZE or not np.array_equal(np.asarray(moved), np.asarray(picture()))
+        np.testing.assert_allclose(
+            found.xyxy[0] * (*moved.size, *moved.size), edges(moved, COLORS["red sign"]), atol=1e-6
+        )
+
+
 def test_chances_of_zero_change_nothing_and_color_moves_nothing() -> None:
     image, boxes = picture(), Boxes(np.array([[0.1, 0.2, 0.6, 0.8]]))
     same, kept = augment(image, boxes, np.random.default_rng(0))

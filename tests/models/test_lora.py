@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from vlmdet.errors import TrainingError
+from vlmdet.errors import ConfigError, TrainingError
 from vlmdet.models.families import AREAS, ROLES, parameters_by_area, resolve_targets
 from vlmdet.models.loader import load
 from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable, refuse_zero_adapter
@@ -34,6 +34,14 @@ def test_every_role_names_its_own_layers_and_no_others(small_base: Path) -> None
     assert resolve_targets(model, [*ROLES, "language.attn"]) == [
         name for name, _ in model.named_modules() if name in linear
     ]
+
+
+def test_a_target_that_names_no_linear_layer_is_refused(small_base: Path) -> None:
+    model = load(str(small_base), **LIMITS).model
+    with pytest.raises(ConfigError, match=r"did you mean 'language\.attn'"):
+        resolve_targets(model, ["language.atn"])
+    with pytest.raises(ConfigError, match="linear layers only"):
+        resolve_targets(model, ["norm1$"])
 
 
 def test_an_adapter_trains_the_named_area_alone_and_the_table_says_so(small_base: Path) -> None:
@@ -84,3 +92,6 @@ def test_a_frozen_and_a_doing_nothing_model_are_refused(small_base: Path) -> Non
     with torch.no_grad():
         next(weight for name, weight in wrapped.named_parameters() if "lora_B" in name)[0, 0] = 1e-6
     refuse_zero_adapter(wrapped, "run")
+    wrapped.add_adapter("second", wrapped.peft_config["default"])
+    with pytest.raises(TrainingError, match="2 adapters"):
+        refuse_untrainable(wrapped)

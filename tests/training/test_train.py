@@ -1,87 +1,155 @@
-"""An untrained model in a folder of its own learns one picture by heart, through `prepare` and `train`."""
+"""Training really moves the model, from `prepare` to a loaded checkpoint; what cannot train is stopped before it starts."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
-from vlmdet.config import load_settings
-from vlmdet.data.dataset import build_messages
-from vlmdet.errors import TrainingError
+from vlmdet.config import Settings, load_settings
+from vlmdet.errors import ModelError, TrainingError
 from vlmdet.models.inference import run_qwen2vl_inference
 from vlmdet.models.loader import load
-from vlmdet.training.train import planned_steps, prepare, train
+from vlmdet.training.train import planned_steps, predict_watched, prepare, train
+
+BOX = (24, 40, 152, 104)
+ANSWER = "<|object_ref_start|>sign<|object_ref_end|><|box_start|>(120,267),(760,693)<|box_end|>"  # BOX on 200 x 150
 
 
 @pytest.fixture
 def one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Pascal VOC set: one picture of 112 x 84 with two signs, in train and in val."""
+    """A Pascal VOC set of one picture, 200 x 150, which stands in train and in val."""
     monkeypatch.chdir(tmp_path)
+    root = tmp_path / "set"
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (tmp_path / "set" / part).mkdir(parents=True)
-    image = Image.new("RGB", (112, 84), "white")
-    objects = ""
-    for x1, y1, x2, y2 in ((14, 7, 42, 28), (56, 42, 105, 77)):
-        ImageDraw.Draw(image).rectangle((x1, y1, x2, y2), fill="red")
-        box = f"<xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>"
-        objects += f"<object><name>sign</name><bndbox>{box}</bndbox></object>"
-    for name, split in (("a", "train"), ("b", "val")):
-        image.save(tmp_path / "set" / "JPEGImages" / f"{name}.jpg")
-        (tmp_path / "set" / "Annotations" / f"{name}.xml").write_text(
-            f"<annotation><filename>{name}.jpg</filename>"
-            f"<size><width>112</width><height>84</height></size>{objects}</annotation>"
+        (root / part).mkdir(parents=True)
+    image = Image.new("RGB", (200, 150), (200, 220, 240))
+    ImageDraw.Draw(image).rectangle(BOX, fill=(180, 30, 60))
+    for name in ("a", "b"):
+        image.save(root / "JPEGImages" / f"{name}.jpg")
+        corners = "".join(
+            f"<{tag}>{value}</{tag}>" for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), BOX, strict=True)
         )
-        (tmp_path / "set" / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
-    return tmp_path / "set"
+        (root / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><filename>{name}.jpg</filename><size><width>200</width><height>150</height></size>"
+            f"<object><name>sign</name><bndbox>{corners}</bndbox></object></annotation>"
+        )
+    (root / "ImageSets/Main/train.txt").write_text("a\n")
+    (root / "ImageSets/Main/val.txt").write_text("b\n")
+    return root
+
+
+def settings_for(source: Path, *overrides: str) -> Settings:
+    return load_settings(
+        None,
+        [f"data.source={source}", "name=test", "training.batch_size=1", "evaluation.max_new_tokens=24", *overrides],
+    )
+
+
+def quiet(text: str) -> None:
+    """Print nothing."""
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
+
+
+def test_one_picture_is_learnt_by_heart_and_generated_back(one_picture: Path) -> None:
+    full = ["training.method=full", "training.learning_rate=1e-3", "training.max_steps=60", "training.epochs=60"]
+    settings = settings_for(one_picture, *full, "training.eval_every=30")
+    prepared = prepare(settings, say=quiet)
+    before = {name: weight.detach().clone() for name, weight in prepared.base.model.named_parameters()}
+    folder = train(prepared, say=quiet)
+
+    losses = [row["loss"] for row in log_of(folder) if "loss" in row]
+    assert losses[0] > 1
+    assert losses[-1] < 0.05
+    after = dict(prepared.base.model.named_parameters())
+    assert all(not torch.equal(before[name], after[name]) for name in before if "visual" in name and "weight" in name)
+
+    tuned = load(str(folder))
+    rows = predict_watched(tuned.model, prepared=prepared, samples=prepared.dataset.splits["val"])
+    assert rows[0]["text"] == ANSWER
+    assert not rows[0]["truncated"]
+
+    kept = {path.name for path in (folder / "checkpoints").glob("checkpoint-*")}
+    assert (folder / "checkpoints" / "last").resolve().name == "checkpoint-60"
+    assert kept == {(folder / "checkpoints" / name).resolve().name for name in ("best", "last")}
+    with (folder / "train" / "metrics.csv").open() as file:
+        assert [float(row["step"]) for row in csv.DictReader(file)] == [30, 60]
+    assert (folder / "train" / "samples" / "step_000060.png").is_file()
 
 
 def test_an_untrained_model_learns_a_picture_by_heart(small_base: Path, one_picture: Path) -> None:
-    settings = load_settings(
-        None,
-        [
-            f"data.source={one_picture}", f"model.name={small_base}", "model.min_pixels=3136", "model.max_pixels=12544",
-            "training.method=full", "training.learning_rate=5e-3", "training.max_steps=100", "training.batch_size=1",
-            "evaluation.max_new_tokens=64", "name=heart",
-        ],
-    )  # fmt: skip
-    prepared = prepare(settings, say=lambda text: None)
-    target = build_messages(
-        ["sign"],
-        boxes=prepared.dataset.splits["train"][0].boxes,
-        labels=["sign", "sign"],
-        size=(112, 84),
-    )[-1]["content"][0]["text"]
+    small = [f"model.name={small_base}", "model.min_pixels=3136", "model.max_pixels=12544"]
+    full = ["training.method=full", "training.learning_rate=5e-3", "training.max_steps=100"]
+    prepared = prepare(settings_for(one_picture, *small, *full), say=quiet)
     said: list[str] = []
     folder = train(prepared, say=said.append)
-    losses = [row["loss"] for row in map(json.loads, (folder / "train/log.jsonl").open()) if "loss" in row]
+    losses = [row["loss"] for row in log_of(folder) if "loss" in row]
     assert losses[0] > 5  # ln 1400 = 7.2 for a model that knows nothing
     assert losses[-1] < 0.05
     tuned = load(str(folder))
-    sample = prepared.dataset.splits["train"][0]
+    image = prepared.dataset.splits["train"][0].image
     answer = run_qwen2vl_inference(
-        tuned.model, tuned.processor, sample.image, ["sign"], min_pixels=3136, max_pixels=12544, max_new_tokens=64
+        tuned.model, tuned.processor, image, ["sign"], min_pixels=3136, max_pixels=12544, max_new_tokens=64
     )
-    assert answer == target
-    assert target.count("<|box_start|>") == 2
+    assert answer == ANSWER
     assert any("vision" in line and "trainable" in line for line in said)
 
 
 def test_a_run_that_would_train_nothing_is_stopped_before_its_first_step(small_base: Path, one_picture: Path) -> None:
-    settings = load_settings(
-        None,
-        [
-            f"data.source={one_picture}", f"model.name={small_base}", "model.min_pixels=3136", "model.max_pixels=12544",
-            "training.method=full", "training.max_steps=1", "training.batch_size=1", "name=frozen",
-        ],
-    )  # fmt: skip
-    prepared = prepare(settings, say=lambda text: None)
+    small = [f"model.name={small_base}", "model.min_pixels=3136", "model.max_pixels=12544"]
+    prepared = prepare(settings_for(one_picture, *small, "training.method=full", "training.max_steps=1"), say=quiet)
     prepared.base.model.requires_grad_(False)
     with pytest.raises(TrainingError, match="no parameter of the model is trainable"):
-        train(prepared, say=lambda text: None)
+        train(prepared, say=quiet)
     assert not list((prepared.folder / "checkpoints").glob("checkpoint-*"))
+
+
+def test_an_adapter_is_trained_saved_and_loaded_on_its_own_base_only(
+    one_picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(one_picture, "lora.rank=2", "training.max_steps=3", "training.learning_rate=1e-2")
+    prepared = prepare(settings, say=quiet)
+    folder = train(prepared, say=quiet)
+    best = folder / "checkpoints" / "best"
+    assert (best / "adapter_model.safetensors").is_file()
+    assert (best / "contract.json").is_file()
+    tuned, base = load(str(folder)), load("tiny")
+    samples = prepared.dataset.splits["val"]
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert not torch.allclose(tuned.model(input_ids=ids).logits, base.model(input_ids=ids).logits)
+    assert predict_watched(tuned.model, prepared=prepared, samples=samples)[0]["status"] != "error"
+
+    monkeypatch.setattr("vlmdet.models.loader.fingerprint", lambda model: "0123456789abcdef")
+    with pytest.raises(ModelError, match="fingerprint"):
+        load(str(folder))
+
+
+def test_the_same_seed_gives_the_same_losses(one_picture: Path) -> None:
+    settings = settings_for(one_picture, "lora.rank=2", "training.max_steps=3", "training.epochs=3")
+    first, second = (train(prepare(settings, say=quiet), say=quiet) for _ in range(2))
+    assert first != second
+    losses = [[row["loss"] for row in log_of(folder) if "loss" in row] for folder in (first, second)]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+
+
+def test_gradient_norms_are_those_before_clipping(one_picture: Path) -> None:
+    limits = ["training.max_steps=2", "training.epochs=2", "training.max_grad_norm=1e-6"]
+    folder = train(prepare(settings_for(one_picture, "lora.rank=2", *limits), say=quiet), say=quiet)
+    rows = [row for row in log_of(folder) if "loss" in row]
+    for row in rows:
+        # `grad_norm` is what torch's clip_grad_norm_ returns, the norm before it clips: a second source
+        assert row["grad_norm/all"] == pytest.approx(row["grad_norm"], rel=1e-3)
+        assert row["grad_norm/all"] > 1e-3
+        assert row["grad_norm/language"] == pytest.approx(row["grad_norm/all"])
 
 
 @pytest.mark.parametrize(
