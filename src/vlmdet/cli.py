@@ -257,7 +257,7 @@ def _train(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from vlmdet.data.explore import FAMILIES, format_summary, summarise
+    from vlmdet.data.explore import FAMILIES, check_limits, format_summary, summarise
     from vlmdet.data.explore.page import write_page
     from vlmdet.data.pictures import look_over
     from vlmdet.data.readers import open_dataset
@@ -266,7 +266,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
     if args.model not in FAMILIES:
         raise ConfigError(f"unknown model family '{args.model}'", did_you_mean(args.model, FAMILIES))
-    limits = FAMILIES[args.model]._replace(**_given(args, "min_pixels", "max_pixels", "factor"))
+    limits = check_limits(FAMILIES[args.model]._replace(**_given(args, "min_pixels", "max_pixels", "factor")))
     path = args.html or Path(f"inspect-{Path(args.source).resolve().name.replace(' ', '-')}.html")
     if path.is_dir():
         raise ConfigError(f"--html {path} is a folder", f"name a file, e.g. --html {path / 'inspect.html'}")

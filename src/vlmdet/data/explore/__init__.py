@@ -6,6 +6,6 @@ was counted.
 
 from __future__ import annotations
 
-from vlmdet.data.explore.summary import FAMILIES, Limits, Summary, format_summary, summarise
+from vlmdet.data.explore.summary import FAMILIES, Limits, Summary, check_limits, format_summary, summarise
 
-__all__ = ["FAMILIES", "Limits", "Summary", "format_summary", "summarise"]
+__all__ = ["FAMILIES", "Limits", "Summary", "check_limits", "format_summary", "summarise"]

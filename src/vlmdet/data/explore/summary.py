@@ -106,6 +106,20 @@ class Summary:
         return asdict(self)
 
 
+def check_limits(limits: Limits) -> Limits:
+    """Return limits that can work; a command asks before it opens anything.
+
+    Raises:
+        ConfigError: they are not 0 < min_pixels <= max_pixels with a positive factor.
+    """
+    if not 0 < limits.min_pixels <= limits.max_pixels or limits.factor < 1:
+        raise ConfigError(
+            f"pixel limits {limits.min_pixels} to {limits.max_pixels} by {limits.factor}",
+            "0 < --min-pixels <= --max-pixels, and --factor is 28 or 32",
+        )
+    return limits
+
+
 def summarise(dataset: DetectionDataset, *, limits: Limits = FAMILIES["qwen2-vl"]) -> Summary:
     """Count what is in a data set.
 
@@ -116,13 +130,9 @@ def summarise(dataset: DetectionDataset, *, limits: Limits = FAMILIES["qwen2-vl"
     processor refuses it, count as rows, and are left out of every figure in model pixels.
 
     Raises:
-        ConfigError: the limits are not 0 < min_pixels <= max_pixels with a positive factor.
+        ConfigError: as `check_limits`.
     """
-    if not 0 < limits.min_pixels <= limits.max_pixels or limits.factor < 1:
-        raise ConfigError(
-            f"pixel limits {limits.min_pixels} to {limits.max_pixels} by {limits.factor}",
-            "0 < --min-pixels <= --max-pixels, and --factor is 28 or 32",
-        )
+    check_limits(limits)
     splits: dict[str, dict[str, int]] = {}
     boxes_of: Counter[str] = Counter(dict.fromkeys(dataset.labels, 0))
     images_of: Counter[str] = Counter()
