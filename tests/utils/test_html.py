@@ -97,6 +97,16 @@ def test_a_crooked_table_is_refused(rows: list[tuple[str, ...]], bars: list[floa
         html.table(("one", "two"), rows, bars=bars)
 
 
+def test_tokens_mark_what_is_learnt_and_count_what_repeats() -> None:
+    text = html.tokens(["<b>", "pad", "pad", "pad", "a", "a", "end\n"], [False, False, False, False, False, True, True])
+    assert "<span>&lt;b&gt;</span>" in text
+    assert "<span>pad</span><i>×3</i>" in text
+    assert "<span>a</span><wbr><mark>a</mark>" in text
+    assert "<mark>end⏎\n</mark>" in text
+    with pytest.raises(ValueError):
+        html.tokens(["a"], [])
+
+
 def test_half_a_surrogate_is_written_as_a_question_mark(tmp_path: Path) -> None:
     path = html.write_page(tmp_path / "new" / "page.html", "a\ud800b", [html.paragraph("ü")])
     text = path.read_text(encoding="utf-8")

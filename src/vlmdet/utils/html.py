@@ -11,6 +11,7 @@ import base64
 import functools
 import io
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ _TABLE = """<div class="scroll"><table>
 {%- endfor %}
 </tbody></table></div>
 """
+
+_TOKENS = (
+    '<pre style="white-space: pre-wrap">{% for text, marked, count in runs %}{% if marked %}<mark>{{ text }}</mark>'
+    "{% else %}<span>{{ text }}</span>{% endif %}{% if count > 1 %}<i>×{{ count }}</i>{% endif %}<wbr>{% endfor %}</pre>"
+)
 
 
 @functools.cache
@@ -171,6 +177,21 @@ def grid(parts: Iterable[Markup], *, least: str = "15rem") -> Markup:
 def figure(uri: str, alt: str, *, title: str = "", caption: str | Markup = "", dark: str = "") -> Markup:
     """Return a picture with its caption; `dark` is the URI of the picture to show on dark paper."""
     return render(_FIGURE, uri=uri, alt=alt, title=title, caption=caption, dark=dark)
+
+
+def tokens(texts: Sequence[str], learnt: Sequence[bool]) -> Markup:
+    """Return a tokenised text with the tokens that carry loss marked.
+
+    When: for the label mask of a row: in the notebook on preprocessing, and wherever a first batch is shown.
+
+    Input: n `texts`, one token each; n `learnt`. Repeated tokens are written once, with their number.
+    Output: a `<pre>` in which `<mark>` stands around each learnt token, so that it shows without the page's style.
+
+    Raises:
+        ValueError: there are more or fewer `learnt` than `texts`.
+    """
+    runs = [(text, marked, len(list(run))) for (text, marked), run in groupby(zip(texts, learnt, strict=True))]
+    return render(_TOKENS, runs=[(text.replace("\n", "⏎\n"), marked, count) for text, marked, count in runs])
 
 
 def picture_uri(image: Image.Image, *, quality: int = 80) -> str:

@@ -103,7 +103,7 @@ def _centers(summary: Summary, axes: Axes) -> None:
     image = axes.imshow(np.array(summary.centers), extent=(0, 1, 1, 0), cmap="viridis", vmin=0, aspect="equal")
     axes.set_xlabel("from left to right, share of the width")
     axes.set_ylabel("from top to bottom")
-    color_bar = axes.figure.colorbar(image, ax=axes, shrink=0.9)
+    color_bar = axes.figure.colorbar(image, ax=axes, shrink=0.9, ticks=MaxNLocator(5, integer=True))
     color_bar.outline.set_visible(False)
     color_bar.ax.tick_params(labelsize=8, colors="#808080")
 
@@ -112,7 +112,7 @@ def _picture_sizes(summary: Summary, axes: Axes) -> None:
     widths, heights, counts = (
         np.array([size[key] for size in summary.picture_sizes]) for key in ("width", "height", "images")
     )
-    axes.scatter(widths, heights, s=12 + 120 * np.sqrt(counts / max(1, counts.max(initial=1))), color=_BAR, alpha=0.6)
+    axes.scatter(widths, heights, s=8 + 120 * np.sqrt(counts / max(1, summary.images)), color=_BAR, alpha=0.6)
     axes.set_xlabel("width, pixels")
     axes.set_ylabel("height, pixels")
     axes.set_xlim(0, 1.12 * widths.max(initial=1))
