@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from vlmdet.boxes import FRACTIONS, Boxes, BoxFormat, Order, Unit
+from vlmdet.boxes import FORMATS, FRACTIONS, Boxes, BoxFormat, many_to_fractions
 from vlmdet.errors import ConfigError, DataError
 
-FORMATS = [BoxFormat(order, unit) for order in get_args(Order) for unit in get_args(Unit)]
 sides = st.integers(1, 5000)
 corners = st.lists(st.tuples(*[st.floats(-0.5, 1.5)] * 4), max_size=5)
 
@@ -138,3 +135,15 @@ def test_turning_back_gives_the_same_boxes(rows: list[tuple[float, ...]], orient
     boxes = Boxes.from_array(rows, FRACTIONS, 1, 1)
     back = {6: 8, 8: 6}.get(orientation, orientation)
     np.testing.assert_allclose(boxes.turned(orientation).turned(back).xyxy, boxes.xyxy, atol=1e-12)
+
+
+@given(
+    rows=st.lists(st.tuples(*[st.floats(-1e6, 1e6)] * 4), min_size=1, max_size=5), box_format=st.sampled_from(FORMATS)
+)
+def test_boxes_of_many_pictures_are_those_of_each(rows: list[tuple[float, ...]], box_format: BoxFormat) -> None:
+    sizes = np.array([(7 + number, 900 - number) for number in range(len(rows))])
+    together = many_to_fractions(np.array(rows), box_format, sizes)
+    each = [
+        Boxes.from_array([row], box_format, int(w), int(h)).xyxy[0] for row, (w, h) in zip(rows, sizes, strict=True)
+    ]
+    np.testing.assert_array_equal(together, each)

@@ -381,7 +381,9 @@ def test_parquet_shards_and_split_names(tmp_path: Path) -> None:
 def test_parquet_empty_list_is_a_negative_and_absent_is_not(tmp_path: Path) -> None:
     dataset = read(tmp_path, row(image_id="none", objects=objects()), row(image_id="lost", objects=None), row())
     assert [(sample.id, len(sample.boxes)) for sample in dataset.splits["train"]] == [("none", 0), ("a", 1)]
-    assert [(p.kind, p.action, p.id, p.row) for p in dataset.problems] == [("bad_row", "row_dropped", "lost (row 1)", 1)]
+    assert [(p.kind, p.action, p.id, p.row) for p in dataset.problems] == [
+        ("bad_row", "row_dropped", "lost (row 1)", 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -567,8 +569,88 @@ def test_class_labels_and_lists_of_structs(tmp_path: Path) -> None:
     assert only(dataset).labels == ("dog",)
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"objects": {"bbox": [[4.0, 5, 16, 5]], "category": ["cat"]}},
+        {"objects": {"boxes": [[4.0, 5, 16, 5]], "labels": ["cat"]}},
+        {"objects": {"bboxes": [[4.0, 5, 16, 5]], "category_id": [3], "category_name": ["cat"]}},
+        {"objects": [{"bbox": [4.0, 5, 16, 5], "class_name": "cat"}]},
+        {"bbox": [[4.0, 5, 16, 5]], "label": ["cat"]},
+    ],
+)
+def test_spellings_of_objects(tmp_path: Path, columns: dict[str, Any]) -> None:
+    written = {"image": {"bytes": picture(), "path": None}, **columns}
+    sample = only(read(tmp_path, written, box_format="xywh/pixel"))
+    assert sample.labels == ("cat",)
+    np.testing.assert_allclose(sample.boxes.xyxy, [[0.1, 0.25, 0.5, 0.5]])
+
+
+def test_class_labels_keep_their_order_and_those_without_a_box(tmp_path: Path) -> None:
+    import datasets
+
+    fields = {"bbox": datasets.List(datasets.Value("float32")), "label": datasets.ClassLabel(names=["z", "a", "m"])}
+    features = datasets.Features({"image": datasets.Image(), "objects": datasets.List(fields)})
+    things = [{"bbox": [4.0, 5.0, 16.0, 5.0], "label": 2}, {"bbox": [4.0, 5.0, 16.0, 6.0], "label": None}]
+    rows = {"image": [{"bytes": picture(), "path": None}], "objects": [things]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "holdout-00000-of-00001.parquet"))
+    dataset = open_dataset(tmp_path, box_format="xywh/pixel")
+    assert (dataset.labels, only(dataset, "holdout").labels) == (("z", "a", "m"), ("m",))
+    assert kinds(dataset.problems) == [("unknown_category", "box_dropped")]
+
+
+def test_the_numbers_decide_a_parquet_set_and_pixels_need_no_stated_size(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    truth, rows = [], []
+    for _ in range(40):
+        start = rng.uniform(0, 0.9, (5, 2))
+        boxes = np.concatenate([start, (start + rng.uniform(0.02, 0.4, (5, 2))).clip(max=1)], axis=1)
+        truth.append(boxes)
+        written = {"bbox": (boxes[:, [1, 0, 3, 2]] * [20, 40, 20, 40]).tolist(), "category": ["cat"] * 5}
+        rows.append({"image": {"bytes": picture(), "path": None}, "objects": written})
+    dataset = read(tmp_path, *rows)
+    assert str(dataset.box_format) == "yxyx/pixel"
+    assert any("yxyx/pixel" in note and "possible" in note for note in dataset.notes)
+    for sample, boxes in zip(dataset.splits["train"], truth, strict=True):
+        np.testing.assert_allclose(sample.boxes.xyxy, boxes, atol=1e-9)
+
+
+def test_opening_a_parquet_set_opens_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "train.parquet", [row(), row(image_id="b")])
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("a picture was opened"))
+    assert len(open_dataset(path).splits["train"]) == 2
+
+
+def test_a_hub_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [row(image_id=str(number), meta={**row()["meta"], "barcode": str(number)}) for number in range(9)]
+    path = write_parquet(tmp_path / "x.parquet", rows)
+    real = datasets.load_dataset
+    asked: list[Any] = []
+
+    def load(source: str, **arguments: Any) -> Any:
+        asked.append((source, arguments))
+        return real("parquet", data_files={"train": str(path)}, **arguments)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    dataset = open_dataset("owner/name", stream=4)
+    assert asked == [("owner/name", {"streaming": True})]
+    samples = dataset.splits["train"]
+    assert [(sample.id, sample.group) for sample in samples] == [(str(number),) * 2 for number in range(4)]
+    for _ in range(2):  # pictures can be opened again, long after the stream
+        assert [sample.image.size for sample in samples] == [(40, 20)] * 4
+    np.testing.assert_allclose(samples[3].boxes.xyxy, [[0.1, 0.25, 0.5, 0.5]])
+    assert samples[3].source == "owner/name/train:3"
+    assert any("the first 4 rows of each split" in note for note in dataset.notes)
+    with pytest.raises(DataError, match="is on disk and is not streamed"):
+        open_dataset(path, stream=4)
+
+
 def test_pixels_in_the_fraction_schema_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"2 of 2 boxes end before they begin or leave their picture; none does as yxyx/pixel"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 boxes end before they begin or leave their picture; none does as yxyx/pixel"
+    ):
         read(tmp_path, row(objects=objects((5, 4, 10, 20), (0, 0, 20, 40))))
     dataset = read(tmp_path, row(objects=objects((5, 4, 10, 20))), box_format="yxyx/pixel")
     np.testing.assert_allclose(only(dataset).boxes.xyxy, [[0.1, 0.25, 0.5, 0.5]])

@@ -247,14 +247,16 @@ def _understand(row: Mapping[str, Any]) -> _Line:
 def _swift(objects: Mapping[str, Any]) -> tuple[dict[str, Any], BoxFormat]:
     """Return objects with a `ref` for every box, and their format."""
     kind = objects.get("bbox_type", "real") or "real"
-    if kind not in _SWIFT:
+    if not isinstance(kind, str) or kind not in _SWIFT:
         raise _BadLineError(f"bad_row: bbox_type '{str(kind)[:50]}' is unknown; there is: {', '.join(_SWIFT)}")
     refs, boxes = objects.get("ref") or [], objects.get("bbox") or []
     pictures = objects.get("image_id")
     if isinstance(pictures, Sequence) and any(number not in (0, None) for number in pictures):
         raise _BadLineError("bad_row: its boxes are on several pictures")
-    if isinstance(refs, list) and isinstance(boxes, list) and len(refs) == 1 < len(boxes):
+    if not isinstance(refs, list) or not isinstance(boxes, list):
+        raise _BadLineError("bad_row: ref and bbox are no lists")
+    if len(refs) == 1 < len(boxes):
         refs = refs * len(boxes)
-    if not boxes and isinstance(refs, list):
+    if not boxes:
         refs = []  # asked for and not there
     return {"bbox": boxes, "ref": refs}, _SWIFT[kind]

@@ -40,6 +40,9 @@ WHOLE_AREA = 0.98
 SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val", "training": "train", "testing": "test"}
 """Names of splits that mean another one."""
 
+LEAST_INSIDE = 0.01
+"""A box of which less lies on the picture is not cut but left out: it is no object of this picture."""
+
 Report = Callable[[int | None, str, str, str], None]
 """Takes row, kind, detail, action of a problem; file and id are known."""
 
@@ -330,7 +333,16 @@ class Rows:
         low, high = xyxy[:, :2], xyxy[:, 2:]
         is_reversed = usable & (low > high).any(axis=1)
         is_flat = usable & (low == high).any(axis=1) & ~is_reversed
-        is_outside = usable & ((high <= 0) | (low >= 1)).any(axis=1) & ~is_reversed & ~is_flat
+        with np.errstate(over="ignore"):
+            shares = np.divide(
+                (high.clip(0, 1) - low.clip(0, 1)).prod(axis=1),
+                (high - low).prod(axis=1),
+                where=~is_flat,
+                out=np.ones(len(xyxy)),
+            )
+        is_outside = (
+            usable & (((high <= 0) | (low >= 1)).any(axis=1) | (shares < LEAST_INSIDE)) & ~is_reversed & ~is_flat
+        )
         keep = usable & ~(is_reversed | is_flat | is_outside)
         sticks_out = ((low < -ROUNDING) | (high > 1 + ROUNDING)).any(axis=1) & keep
         np.clip(xyxy, 0.0, 1.0, out=xyxy)
@@ -342,7 +354,7 @@ class Rows:
         kinds = [
             (is_reversed, "reversed_box", "ends before it begins", "box_dropped"),
             (is_flat | lost, "degenerate_box", "has no area", "box_dropped"),
-            (is_outside, "box_outside", "lies outside the picture", "box_dropped"),
+            (is_outside, "box_outside", "lies outside the picture, or all but a hundredth of it does", "box_dropped"),
             (sticks_out & keep, "box_outside", "sticks out of the picture", "box_clipped"),
             (whole, "whole_image_box", f"covers more than {WHOLE_AREA:.0%} of the picture", "kept"),
             (tiny, "tiny_box", f"has a side below {TINY_SIDE:.1%} of the picture's", "kept"),
