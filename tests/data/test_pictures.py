@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlmdet.boxes import Boxes
 from vlmdet.data import pictures as module
-from vlmdet.data.pictures import look_over, near_pairs
+from vlmdet.data.pictures import look_over, near_pairs, open_small
 from vlmdet.errors import ImageError
 from vlmdet.images import open_image
 from vlmdet.records import Problem, Sample
@@ -87,6 +87,15 @@ def test_sizes_of_a_large_jpeg_are_those_of_the_file_not_of_its_quick_decoding()
     assert look_over([sample("a", data, width=1200, height=900)]).problems == []
     (problem,) = look_over([sample("a", data, width=1200, height=800)]).problems
     assert "stated as 1200 x 800, is 1200 x 900" in problem.detail
+
+
+def test_open_small_is_upright_and_no_larger_than_asked() -> None:
+    data = encoded(noise(1, 1200, 900), "JPEG", exif=exif(6), quality=95)
+    small = open_small(sample("a", data, width=900, height=1200), 100)
+    assert (small.mode, small.size) == ("RGB", (75, 100))
+    whole = open_image(data).resize((75, 100), Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(small).astype(int) - np.asarray(whole)).mean() < 3
+    assert open_small(sample("a"), 100).size == (40, 20)
 
 
 def test_missing_picture_file(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlmdet.data.explore.charts import CHARTS, chart_uris
 from vlmdet.data.explore.summary import Summary
+from vlmdet.data.pictures import open_small
 from vlmdet.errors import ImageError
 from vlmdet.records import DetectionDataset, Problem, Sample
 from vlmdet.utils import html
@@ -234,11 +235,7 @@ def _figure(sample: Sample, colors: Mapping[str, str]) -> Markup | None:
 
 def _drawn(sample: Sample, colors: Mapping[str, str]) -> Image.Image | None:
     try:
-        image = sample.image
+        small = open_small(sample, PICTURE_SIDE)
     except ImageError:
         return None
-    scale = min(1.0, PICTURE_SIDE / max(image.size))
-    small = image.resize(
-        (max(1, round(scale * image.width)), max(1, round(scale * image.height))), Image.Resampling.LANCZOS
-    )
     return draw_classes(small, sample.boxes, sample.labels, colors)
