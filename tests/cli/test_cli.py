@@ -187,6 +187,30 @@ def test_train_refuses_a_mistake_in_one_line(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["--box-format", "xxyy/pixel"], "data.box_format is 'xxyy/pixel'"),
+        (["--box-format", "yxyx/pixel"], "leave --box-format out"),
+        (["--format", "ovc"], "did you mean 'voc'"),
+        (["--format", "coco"], "holds no COCO file"),
+        (["--format", "xyxy/pixel"], "--box-format xyxy/pixel"),
+    ],
+)
+def test_how_a_set_is_read_can_be_said_and_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = voc(tmp_path / "set", [("dog", 10, 10, 60, 60)])
+    assert word in mistake(capsys, "train", str(source), *args)
+
+
+def test_an_unknown_word_for_turned_pictures_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "somewhere", "--exif", "ignore"])
+    assert "applied" in capsys.readouterr().err
+
+
 def test_train_refuses_a_source_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere" in mistake(capsys, "train", "./nowhere")
 

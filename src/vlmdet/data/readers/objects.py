@@ -43,21 +43,31 @@ def read_objects(objects: Any) -> list[Thing] | None:
         boxes = objects.get(field) if field else None
         if boxes is None or not _is_list(boxes):
             return None
-        lists = {key: objects[key] for key in (field, *CLASS) if _is_list(objects.get(key))}
-        if any(len(values) != len(boxes) for values in lists.values()):
+        said = [objects[key] for key in CLASS if _is_list(objects.get(key))]
+        if any(len(values) != len(boxes) for values in said):
             return None
-        objects = [{key: values[number] for key, values in lists.items()} for number in range(len(boxes))]
+        return [Thing(box, *_class_of(values)) for box, *values in zip(boxes, *said, strict=True)]
     if not _is_list(objects) or not all(isinstance(thing, Mapping) for thing in objects):
         return None
     found = []
     for thing in objects:
-        said = [thing[key] for key in CLASS if key in thing]
-        number = next((value for value in said if isinstance(value, int) and not isinstance(value, bool)), None)
-        name = next((value for value in said if isinstance(value, str) and value.strip()), "")
         field = box_field(thing)
-        found.append(Thing(thing[field] if field else None, number, name))
+        classes = [thing[key] for key in CLASS if key in thing]
+        found.append(Thing(thing[field] if field else None, *_class_of(classes)))
     return found
 
 
+def _class_of(said: Sequence[Any]) -> tuple[int | None, str]:
+    """Return the first number and the first name among what an object says of its class."""
+    number, name = None, ""
+    for value in said:
+        if isinstance(value, str):
+            if not name and value.strip():
+                name = value
+        elif number is None and isinstance(value, int) and not isinstance(value, bool):
+            number = value
+    return number, name
+
+
 def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, list | tuple)

@@ -67,7 +67,9 @@ class Rows:
         self.extra: dict[str, Sequence[Any]] = {}
         """Columns that every sample's `meta` gets a value of, one value a row."""
         self._splits: dict[str, int] = {}
-        self._files: dict[str, int] = {}
+        self._files: list[str] = []
+        self._file_numbers: dict[str, int] = {}
+        self._split_names: list[str] = []
         self._taken: dict[str, int] = {}
         self._ids: list[str] = []
         self._pictures: list[str | Callable[[], bytes]] = []
@@ -99,7 +101,9 @@ class Rows:
 
     def add_split(self, name: str) -> None:
         """Make a split known, also where no row of it follows."""
-        self._splits.setdefault(name, len(self._splits))
+        if name not in self._splits:
+            self._splits[name] = len(self._splits)
+            self._split_names.append(name)
 
     def label_number(self, name: str) -> int:
         """Return the number of a class name; a new one gets the next."""
@@ -174,7 +178,10 @@ class Rows:
         self._pictures.append(picture)
         self._sizes.extend((width, height) if width > 0 and height > 0 else (0, 0))
         self._row_splits.append(number)
-        self._row_files.append(self._files.setdefault(file, len(self._files)))
+        if file not in self._file_numbers:
+            self._file_numbers[file] = len(self._files)
+            self._files.append(file)
+        self._row_files.append(self._file_numbers[file])
         self._row_places.append(place_number)
         if group:
             self._groups[row] = group
@@ -262,7 +269,7 @@ class Rows:
     def _where(self, row: int) -> tuple[str, str, int | None]:
         place = self._row_places[row]
         split, file = self._row_splits[row], self._row_files[row]
-        return list(self._splits)[split], list(self._files)[file], None if place < 0 else place
+        return self._split_names[split], self._files[file], None if place < 0 else place
 
     def _source_of(self, row: int) -> str:
         _, file, place = self._where(row)
@@ -409,7 +416,7 @@ class Rows:
         counts = np.bincount(owners[order], minlength=len(self))
         ordered = xyxy if len(order) == len(xyxy) and (order[:-1] < order[1:]).all() else xyxy[order]
         ordered.setflags(write=False)
-        files = list(self._files)
+        files = self._files
         extra = dict(self.extra)
 
         def source(row: int) -> str:
