@@ -256,6 +256,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from dataclasses import replace
+    from itertools import chain
 
     from vlmdet.data.explore import FAMILIES, check_limits, format_summary, summarise
     from vlmdet.data.explore.page import write_page
@@ -272,7 +273,8 @@ def _inspect(args: argparse.Namespace) -> None:
         raise ConfigError(f"--html {path} is a folder", f"name a file, e.g. --html {path / 'inspect.html'}")
     say = _say(args)
     dataset = select(open_dataset(args.source, **_reading(args)), **_selection(args))
-    looked = look_over([sample for samples in dataset.splits.values() for sample in samples])
+    splits = dataset.splits.values()
+    looked = look_over(chain.from_iterable(splits), total=sum(map(len, splits)))
     dataset = replace(dataset, problems=[*dataset.problems, *looked.problems])
     summary = summarise(dataset, limits=limits)
     problems = write_problems(path.with_suffix(".problems.jsonl"), dataset.problems)

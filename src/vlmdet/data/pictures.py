@@ -13,6 +13,7 @@ change a few bits.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import sys
 from collections import Counter
@@ -93,11 +94,12 @@ class _Row(NamedTuple):
     split: str
 
 
-def look_over(samples: Iterable[Sample]) -> LookedOver:
+def look_over(samples: Iterable[Sample], *, total: int | None = None) -> LookedOver:
     """Open every picture once and report what is odd about it, and which are the same.
 
     When: once, before training, or for `inspect`; progress on stderr after two seconds.
 
+    Input: `samples`, each visited once and not kept; `total`, how many there are, for the progress, where they are no list.
     Output: a problem for each oddity. `row_dropped`: `unreadable_image`; `truncated_image`, that is, it opens and cannot
     be decoded to its end; `refused_image`, over the limit of `images.MAX_IMAGE_PIXELS`; `too_long_image`, which
     no Qwen-VL model is shown; `size_mismatch` where the sides do not fit the stated ones, so that the boxes would lie
@@ -111,7 +113,7 @@ def look_over(samples: Iterable[Sample]) -> LookedOver:
     problems: list[Problem] = []
     groups: dict[str, Counter[str]] = {}
     first_of: dict[str, _Row] = {}
-    for sample, look in _look_at_all(samples):
+    for sample, look in _look_at_all(samples, total if total is not None else operator.length_hint(samples) or None):
         row = _Row(sample.id, sample.source, sample.split)
         rows.append(row)
         looks.append(look)
@@ -130,9 +132,8 @@ def look_over(samples: Iterable[Sample]) -> LookedOver:
     return LookedOver(problems, twins)
 
 
-def _look_at_all(samples: Iterable[Sample], *, at_once: int = 128) -> Iterator[tuple[Sample, Look]]:
+def _look_at_all(samples: Iterable[Sample], total: int | None, *, at_once: int = 128) -> Iterator[tuple[Sample, Look]]:
     """Look at pictures with a thread for each core, in order; few are in memory at a time."""
-    total = len(samples) if isinstance(samples, Sequence) else None
     threads = min(os.cpu_count() or 1, 8)
     pause = 0.2 if sys.stderr.isatty() else 10.0  # seconds between two lines: a log keeps each
     source = iter(samples)

@@ -73,6 +73,8 @@ def _bars(figure: str, label: str, what: str, *, log: bool = False) -> Callable[
         axes.set_ylabel(what)
         axes.set_xlim(found.edges[0], found.edges[-1])
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if figure in ("boxes_per_image", "tokens"):
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         if log:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
