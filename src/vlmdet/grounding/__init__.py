@@ -6,10 +6,18 @@ When: ALWAYS; no torch.
 from __future__ import annotations
 
 from vlmdet.errors import ConfigError, did_you_mean
-from vlmdet.grounding import qwen2_vl
+from vlmdet.grounding import florence2, internvl, paligemma, plain_json, qwen2_5_vl, qwen2_vl, qwen3_vl
 from vlmdet.grounding.codec import Codec, Parsed, ParseProblem, View
 
-CODECS: dict[str, Codec] = {"qwen2_vl": qwen2_vl}
+CODECS: dict[str, Codec] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "paligemma": paligemma,
+    "florence2": florence2,
+    "internvl": internvl,
+    "plain_json": plain_json,
+}
 
 
 def get_codec(name: str) -> Codec:

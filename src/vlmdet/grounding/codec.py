@@ -66,6 +66,18 @@ _NONE = re.compile(rf"\W*{NONE_ANSWER}\W*", re.IGNORECASE)
 _NUMBER = r"\s*+[-+]?+\d++(?:\.\d++)?+\s*+"
 _HOSTILE = re.compile(rf"\\|<(?=\|)|[(（](?={_NUMBER}[,，、]{_NUMBER}[)）])")
 
+# Control tokens and task tokens of the other families, up to their first letter; `<b>` and `a < b` are ordinary text.
+_WORDS = (
+    "think|answer|tool_call|tool_response|ref|box|quad|img|image|img_context|video|s|pad|bos|eos|unk|mask|od|bbox|poly|sep|"
+    "and|cap|ncap|dcap|ocr|grounding|ground|obj|region_cap|proposal|region_to_desciption|start_of_turn|end_of_turn|"
+    r"loc_?\d++|seg_?\d++|seg|unused_?\d++|start_of_image|end_of_image"
+)
+GUARDED = re.compile(rf"<(?=\||/?(?:(?:{_WORDS})\b|(?-i:[A-Z][A-Z_]++>)))", re.IGNORECASE)
+"""The `<` of what a tokenizer of any family could take for a control token, or a parser for a tag."""
+_EDGE = re.compile(r"\A[\s;,，、]|[\s;,，、]\Z")
+_GUARD = re.compile(r"\\(?:u([0-9a-f]{4})|([\\|(（\[【]))|(?<=<)\\(?=[A-Za-z/])")
+_LIST = re.compile(rf"[\[【](?=(?:{_NUMBER}[,，、]){{3}}{_NUMBER}[\]】])")
+
 
 def escape_label(label: str) -> str:
     r"""Make a label safe to stand in a prompt or an answer: `a<|im_end|>b` becomes `a<\|im_end|>b`.
@@ -91,3 +103,22 @@ def is_none_answer(text: str) -> bool:
 def strip_control(text: str) -> str:
     """Delete everything that looks like a control token."""
     return _CONTROL.sub("", text)
+
+
+def guard_label(label: str) -> str:
+    r"""Make a label safe in an answer that has no JSON around it and marks nothing but boxes: `<loc0001>` becomes `<\loc0001>`.
+
+    As `escape_label`, and the tags of every other family, four numbers in square brackets, and blanks or separators at
+    either end, which a parser could not tell from those around the label: `cup;` becomes `cup\u003b`. An ordinary label
+    comes back unchanged; an empty one becomes a single backslash. `unguard_label` undoes it.
+    """
+    guarded = _LIST.sub(lambda match: "\\" + match[0], escape_label(label))
+    guarded = GUARDED.sub(r"<\\", guarded)
+    return _EDGE.sub(lambda match: f"\\u{ord(match[0]):04x}", guarded) or "\\"
+
+
+def unguard_label(text: str) -> str:
+    """Undo `guard_label`; a backslash that it cannot have written stays."""
+    if text == "\\":
+        return ""
+    return _GUARD.sub(lambda match: chr(int(match[1], 16)) if match[1] else match[2] or "", text)
