@@ -301,11 +301,14 @@ def test_an_open_set_is_refused_with_a_drawing_and_the_flag(tmp_path: Path) -> N
     assert "\n" not in message
     assert "xyxy/fraction or yxyx/fraction" in message
     assert "--box-format " in message
-    drawing = Path(message.partition("side by side in ")[2].split(";")[0])
+    drawing = Path(message.partition("side by side in ")[2].split(", with")[0])
     with Image.open(drawing) as image:
         assert image.format == "PNG"
         assert image.width > image.height / 2
+    table = drawing.with_suffix(".txt").read_text().splitlines()
+    assert len(table) == 2 + 12
     drawing.unlink()
+    drawing.with_suffix(".txt").unlink()
     dataset = open_dataset(root, box_format="yxyx/fraction")
     assert dataset.decided_by == "given by the user"
     for sample, (*_, boxes) in zip(dataset.splits["train"], rows, strict=True):

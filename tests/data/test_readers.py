@@ -162,6 +162,14 @@ def test_voc_boxes_that_do_not_fit(
     assert sample.labels == ("cat", "dog")[: len(expected)]
 
 
+def test_voc_whose_sides_are_mixed_up_is_refused(tmp_path: Path) -> None:
+    """x and y under each other's names: from y2 = 22 on boxes leave the 20 rows, and no flag is offered."""
+    boxes = "".join(thing("cat", 1, 10 + number, 9, 14 + number) for number in range(20))
+    root = write_voc(tmp_path, {"a": boxes}, {"train": ["a"]})
+    with pytest.raises(DataError, match=r"12 of 20 boxes .*they fit as yxyx/pixel.*mend what wrote them"):
+        open_dataset(root)
+
+
 BOMB = (
     '<!DOCTYPE lolz [<!ENTITY lol "lol">]>'
     "<annotation><filename>a.jpg</filename><object><name>&lol;</name></object></annotation>"
@@ -649,7 +657,7 @@ def test_a_hub_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_pixels_in_the_fraction_schema_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"2 of 2 boxes end before they begin or leave their picture; none does as yxyx/pixel"
+        DataError, match=r"2 of 2 boxes end before they begin or leave their picture; they fit as yxyx/pixel"
     ):
         read(tmp_path, row(objects=objects((5, 4, 10, 20), (0, 0, 20, 40))))
     dataset = read(tmp_path, row(objects=objects((5, 4, 10, 20))), box_format="yxyx/pixel")

@@ -313,7 +313,7 @@ def test_corners_in_a_coco_file_are_refused_until_they_are_named(tmp_path: Path)
     corners = np.concatenate([starts, starts + rng.uniform(2, (10, 8), (40, 2))], axis=1)
     content = document([image(n) for n in range(40)], [box(n, *corners[n].tolist()) for n in range(40)])
     file = write(tmp_path / "a.json", content)
-    with pytest.raises(DataError, match=r"none does as xyxy/pixel.*--box-format xyxy/pixel"):
+    with pytest.raises(DataError, match=r"they fit as xyxy/pixel.*--box-format xyxy/pixel"):
         open_dataset(file)
     dataset = open_dataset(file, box_format="xyxy/pixel")
     np.testing.assert_allclose(dataset.splits["train"][0].boxes.xyxy[0], corners[0] / [40, 20, 40, 20])

@@ -178,6 +178,21 @@ def test_tables_of_different_orders_are_refused(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
+def test_centres_under_the_names_of_corners_are_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(300):
+        start = rng.uniform(0, 0.8, 2)
+        side = rng.uniform(0.1, 0.9, 2) * (1 - start)
+        numbers = [*(start + side / 2), *side]
+        lines.append(f"{number}.jpg,cat," + ",".join(f"{value:.4f}" for value in numbers))
+    text = "filename,label,x,y,w,h\n" + "\n".join(lines) + "\n"
+    with pytest.raises(DataError, match=r"boxes misfit even under xywh/fraction"):
+        open_dataset(write(tmp_path / "boxes.csv", text))
+    with pytest.raises(DataError, match=r"they fit as cxcywh/fraction"):
+        open_dataset(tmp_path / "boxes.csv", box_format="xywh/fraction")
+
+
 def test_bccd_s_table(shared: Path) -> None:
     """It opens with no flag: the header names the sides, xmin before xmax, and the numbers tell pixels."""
     file = shared / "data/bccd/test.csv"

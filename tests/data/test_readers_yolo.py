@@ -194,6 +194,14 @@ def test_lists_that_lead_out_or_nowhere(tmp_path: Path) -> None:
     ]
 
 
+def test_labels_outside_the_set_are_not_read(tmp_path: Path) -> None:
+    """The folder above is named `images`, and a `labels` beside it is somebody else's."""
+    write(tmp_path, {"labels/set/train/a.txt": "0 .5 .5 .2 .4\n"})
+    root = write(tmp_path / "images" / "set", {"data.yaml": "train: train\nnames: [cat]\n"}, ["train/a.jpg"])
+    with pytest.raises(DataError, match="none of 1 pictures has a label file"):
+        open_dataset(root)
+
+
 @pytest.mark.parametrize(
     ("config", "word"),
     [

@@ -143,7 +143,7 @@ def decide(
         return Decision(allowed[0], "there is no box to tell", tuple(allowed), ())
     readings = [look(values, box_format, sizes, owners) for box_format in allowed]
     best = min(reading.misfits for reading in readings)
-    enough = max(LEAST, OUT * len(values), 10 * best)
+    enough = max(LEAST, OUT * len(values), min(10 * best, 0.9 * len(values)))
     spread = min(PICTURES, len(np.unique(owners)))
     left = [one for one in readings if one.misfits < enough or one.pictures < spread]
     left = sorted(_by_border(left), key=lambda one: one.misfits)

@@ -19,6 +19,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 GIVE_UP = 200
 """After so many names without one picture the set is taken to have none: annotations can be read without."""
 
+MOST_FILES = 500_000
+"""So many files are looked through for a picture by its name alone, should the root be somebody's home."""
+
 _PLAIN = re.compile(r"(?!/)(?!.*\.\.)[^\\:\x00-\x1f]{1,250}")
 
 
@@ -69,8 +72,12 @@ class Finder:
     def _names(self) -> dict[str, list[str]]:
         if self._by_name is None:
             self._by_name = {}
+            seen = 0
             for folder, folders, files in os.walk(os.path.abspath(self.root)):
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
+                seen += len(files)
+                if seen > MOST_FILES:
+                    break
                 for file in files:
                     if file.lower().endswith(SUFFIXES):
                         self._by_name.setdefault(file, []).append(os.path.join(folder, file))

@@ -31,7 +31,7 @@ Shown = tuple[Picture, str, tuple[int, int], np.ndarray]
 def refuse_open(source: str, decision: Decision, shown: Sequence[Shown]) -> DataError:
     """Return the error that says which readings are possible, and where they are drawn.
 
-    When: once; writes a PNG file into the folder for temporary files.
+    When: once; writes a PNG file and the evidence into the folder for temporary files.
     """
     evidence = "; ".join(" ".join(line.split()) for line in decision.table[:1])
     if not decision.possible:
@@ -41,7 +41,11 @@ def refuse_open(source: str, decision: Decision, shown: Sequence[Shown]) -> Data
         )
     named = " or ".join(map(str, decision.possible))
     drawing = draw_readings(decision.possible, shown)
-    seen = f"they are drawn side by side in {drawing}" if drawing else "no picture of it can be opened to draw them on"
+    if drawing:
+        drawing.with_suffix(".txt").write_text("\n".join(decision.table) + "\n", encoding="utf-8")
+        seen = f"they are drawn side by side in {drawing}, with the counts in {drawing.with_suffix('.txt').name}"
+    else:
+        seen = "no picture of it can be opened to draw them on"
     return DataError(
         f"{source}: its numbers do not tell how boxes are written: {decision.reason} ({evidence}); possible: {named}; {seen}",
         f"look, and name the right one, e.g. --box-format {decision.possible[0]}",

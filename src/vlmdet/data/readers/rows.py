@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlmdet.boxes import FORMATS, BoxFormat, many_to_fractions
-from vlmdet.data.readers.box_format import decide, misfits
+from vlmdet.data.readers.box_format import FITS, LEAST, OUT, decide, misfits
 from vlmdet.data.readers.frames import EXIF, read_head
 from vlmdet.data.readers.lazy import Columns, LazySamples, Picture
 from vlmdet.data.readers.refusal import refuse_open
@@ -214,13 +214,14 @@ class Rows:
         allowed: Sequence[BoxFormat] = FORMATS,
         labels: Iterable[str] | None = None,
         reads_heads: bool = False,
+        is_named: bool = False,
     ) -> DetectionDataset:
         """Decide how boxes are written, check each, and make the data set.
 
         Input: `stated`, what the format defines, and `why`; `given`, what the user named, which wins; `allowed`, readings
         that the format leaves open where it defines none (`why` then says what it does tell); `labels`, class names in
         order, None for the order of appearance; `reads_heads` where a picture's head is at hand and may correct a stated
-        size.
+        size; `is_named` where the files name each side, so that no other format can be asked for.
         Output: the data set.
 
         Raises:
@@ -244,7 +245,7 @@ class Rows:
                 raise refuse_open(self.source, decision, self._shown(values, sizes, owners, usable))
             known, table = decision.box_format, decision.table
             decided_by = f"{why}; {decision.reason}" if why else decision.reason
-        self._refuse_misfits(values[usable], box_sizes[usable], known, decided_by)
+        self._refuse_misfits(values[usable], box_sizes[usable], known, decided_by, is_open=not is_named)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             xyxy = many_to_fractions(values, known, box_sizes)
         keep = self._check(xyxy, values, sizes, known, usable)
@@ -310,22 +311,26 @@ class Rows:
             for row in chosen.tolist()
         ]
 
-    def _refuse_misfits(self, values: np.ndarray, sizes: np.ndarray, box_format: BoxFormat, decided_by: str) -> None:
-        """Stop where most boxes cannot be meant under the format, while another fits them all."""
-        wrong = int(sum(mask.sum() for mask in misfits(values, box_format, sizes)))
-        if 2 * wrong <= len(values):
+    def _refuse_misfits(
+        self, values: np.ndarray, sizes: np.ndarray, box_format: BoxFormat, decided_by: str, *, is_open: bool
+    ) -> None:
+        """Stop where many boxes cannot be meant under the format, while another fits them."""
+
+        def wrong_under(one: BoxFormat) -> int:
+            return int(sum(mask.sum() for mask in misfits(values, one, sizes)))
+
+        wrong = wrong_under(box_format)
+        if 2 * wrong <= len(values) and wrong < max(LEAST, OUT * len(values)):
             return
-        fitting = [
-            str(other)
-            for other in FORMATS
-            if (other.unit != "pixel" or (sizes > 0).all())
-            and not sum(mask.sum() for mask in misfits(values, other, sizes))
-        ]
+        others = [one for one in FORMATS if one.unit != "pixel" or (sizes > 0).all()]
+        fitting = [str(one) for one in others if wrong_under(one) <= FITS * len(values)]
         if fitting:
             raise DataError(
                 f"{self.source} is read as {box_format} ({decided_by}), but {wrong} of {len(values)} boxes end before "
-                f"they begin or leave their picture; none does as {' or '.join(fitting)}",
-                f"name the format that is right, e.g. --box-format {fitting[0]}",
+                f"they begin or leave their picture; they fit as {' or '.join(fitting)}",
+                f"name the format that is right, e.g. --box-format {fitting[0]}"
+                if is_open
+                else "its sides are named in the files: mend what wrote them",
             )
 
     def _check(

@@ -101,7 +101,7 @@ def read_voc(
                 report(line, "path_outside", f"'{entry}' is no path inside {root}", "row_dropped")
                 continue
             _read_row(rows, root, xml, sample_id, name)
-    return rows.finish(stated=BOX_FORMAT, why="defined by Pascal VOC", labels=sorted(rows.labels))
+    return rows.finish(stated=BOX_FORMAT, why="defined by Pascal VOC", labels=sorted(rows.labels), is_named=True)
 
 
 def _read_lists(root: Path) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:

@@ -273,7 +273,7 @@ def _label_file(picture: Path, config: _Config, listings: dict[str, set[str]]) -
     """Return the label file of a picture, where there is one; a folder is listed once."""
     parts = list(picture.parent.parts)
     folders = [picture.parent]
-    for at in range(len(parts) - 1, -1, -1):
+    for at in range(len(parts) - 1, len(config.file.parent.parts) - 1, -1):
         if parts[at] == "images":
             folders.insert(0, Path(*parts[:at], "labels", *parts[at + 1 :]))
             break
