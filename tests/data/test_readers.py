@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlmdet.boxes import BoxFormat
 from vlmdet.data.readers import hub, open_dataset, voc
-from vlmdet.data.readers.rows import safe_path
+from vlmdet.data.readers.values import safe_path
 from vlmdet.data.synthetic.packages import CATEGORIES, write_drawn_set
 from vlmdet.errors import ConfigError, DataError, ImageError
 from vlmdet.records import DetectionDataset, Problem, Sample

@@ -33,7 +33,8 @@ import msgspec
 
 from vlmdet.boxes import BoxFormat
 from vlmdet.data.readers.locate import Finder
-from vlmdet.data.readers.rows import Rows, side, split_name
+from vlmdet.data.readers.rows import Rows
+from vlmdet.data.readers.values import side, split_name
 from vlmdet.errors import DataError
 from vlmdet.records import DetectionDataset
 

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from vlmdet.boxes import FORMATS, BoxFormat, Order
 from vlmdet.data.readers.locate import Finder
-from vlmdet.data.readers.rows import SPLIT_NAMES, Rows, read_text, side, split_name
+from vlmdet.data.readers.rows import Rows
+from vlmdet.data.readers.values import SPLIT_NAMES, read_text, side, split_name
 from vlmdet.errors import DataError
 from vlmdet.records import DetectionDataset
 

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 from vlmdet.boxes import BoxFormat
 from vlmdet.data.readers.objects import CLASS, Thing, box_field, read_objects
-from vlmdet.data.readers.rows import SPLIT_NAMES, Rows, safe_path, side
+from vlmdet.data.readers.rows import Rows
+from vlmdet.data.readers.values import SPLIT_NAMES, safe_path, side
 from vlmdet.data.synthetic.packages import CATEGORIES
 from vlmdet.errors import DataError, ImageError
 from vlmdet.records import DetectionDataset

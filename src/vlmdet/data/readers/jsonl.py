@@ -31,7 +31,8 @@ import msgspec
 from vlmdet.boxes import BoxFormat
 from vlmdet.data.readers.locate import Finder
 from vlmdet.data.readers.objects import Thing, box_field, read_objects
-from vlmdet.data.readers.rows import SPLIT_NAMES, Rows, read_text, side, split_name
+from vlmdet.data.readers.rows import Rows
+from vlmdet.data.readers.values import SPLIT_NAMES, read_text, side, split_name
 from vlmdet.errors import ConfigError, DataError
 from vlmdet.records import DetectionDataset
 

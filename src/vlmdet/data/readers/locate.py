@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlmdet.data.readers.rows import safe_path
+from vlmdet.data.readers.values import safe_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 """File names, in lower case, that are taken for pictures."""

@@ -2,46 +2,26 @@
 
 When: ONCE, by the readers of this folder. A reader calls `add` for a picture and `add_box` for each of its boxes, with
 the four numbers as they are written; `finish` does the rest for all boxes of the set at once, since a set has a million.
-
-Long, because what is checked of a box, and what is then done with it, is told in one place.
 """
 
 from __future__ import annotations
 
-import math
-import os
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlmdet.boxes import FORMATS, BoxFormat, many_to_fractions
 from vlmdet.data.readers.box_format import FITS, LEAST, OUT, decide, misfits
+from vlmdet.data.readers.checks import check_boxes
 from vlmdet.data.readers.frames import EXIF, read_head
 from vlmdet.data.readers.lazy import Columns, LazySamples, Picture
 from vlmdet.data.readers.refusal import refuse_open
+from vlmdet.data.readers.values import four_numbers
 from vlmdet.errors import ConfigError, DataError, ImageError, did_you_mean
 from vlmdet.records import DetectionDataset, Problem
-
-ROUNDING = 1e-6
-"""Boxes that leave the picture by no more than this share of it are cut without a report: float32 does that."""
-
-DUPLICATE_IOU = 0.95
-"""Above this IoU two boxes of one label on one picture are reported as the same."""
-
-TINY_SIDE = 0.005
-"""A box with a side below this share of the picture's is reported: rounding to a grid of 1000 moves it by a tenth."""
-
-WHOLE_AREA = 0.98
-"""A box that covers more than this share of the picture is reported: often a missing box, written as the picture."""
-
-SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val", "training": "train", "testing": "test"}
-"""Names of splits that mean another one."""
-
-LEAST_INSIDE = 0.01
-"""A box of which less lies on the picture is not cut but left out: it is no object of this picture."""
 
 Report = Callable[[int | None, str, str, str], None]
 """Takes row, kind, detail, action of a problem; file and id are known."""
@@ -336,82 +316,21 @@ class Rows:
     def _check(
         self, xyxy: np.ndarray, values: np.ndarray, sizes: np.ndarray, box_format: BoxFormat, usable: np.ndarray
     ) -> np.ndarray:
-        """Report boxes that are odd, cut those that stick out (in place); returns a mask of those that can be used.
-
-        Boxes that are not `usable`, whose rows are left out, are no problem of their own.
-        """
-        owners = np.frombuffer(self._owners, dtype=np.int64)
-        xyxy[~np.isfinite(xyxy).all(axis=1)] = (2.0, 2.0, 3.0, 3.0)  # numbers so large that their sum is infinite
-        low, high = xyxy[:, :2], xyxy[:, 2:]
-        is_reversed = usable & (low > high).any(axis=1)
-        is_flat = usable & (low == high).any(axis=1) & ~is_reversed
-        with np.errstate(over="ignore"):
-            shares = np.divide(
-                (high.clip(0, 1) - low.clip(0, 1)).prod(axis=1),
-                (high - low).prod(axis=1),
-                where=~is_flat,
-                out=np.ones(len(xyxy)),
-            )
-        is_outside = (
-            usable & (((high <= 0) | (low >= 1)).any(axis=1) | (shares < LEAST_INSIDE)) & ~is_reversed & ~is_flat
-        )
-        keep = usable & ~(is_reversed | is_flat | is_outside)
-        sticks_out = ((low < -ROUNDING) | (high > 1 + ROUNDING)).any(axis=1) & keep
-        np.clip(xyxy, 0.0, 1.0, out=xyxy)
-        sides = high - low
-        lost = keep & (sides <= 0).any(axis=1)  # a box that touches the border by less than a float can hold
-        keep &= ~lost
-        whole = keep & (sides.prod(axis=1) > WHOLE_AREA)
-        tiny = keep & (sides.min(axis=1, initial=1.0) < TINY_SIDE)
-        kinds = [
-            (is_reversed, "reversed_box", "ends before it begins", "box_dropped"),
-            (is_flat | lost, "degenerate_box", "has no area", "box_dropped"),
-            (is_outside, "box_outside", "lies outside the picture, or all but a hundredth of it does", "box_dropped"),
-            (sticks_out & keep, "box_outside", "sticks out of the picture", "box_clipped"),
-            (whole, "whole_image_box", f"covers more than {WHOLE_AREA:.0%} of the picture", "kept"),
-            (tiny, "tiny_box", f"has a side below {TINY_SIDE:.1%} of the picture's", "kept"),
-        ]
-        twins = self._duplicates(xyxy, keep)
-        kinds.append(
-            (twins, "duplicate_box", f"is another box of its picture and label (IoU > {DUPLICATE_IOU})", "kept")
-        )
+        """Cut boxes in place, report those that are odd; returns a mask of those that can be used."""
+        owners, numbers = np.frombuffer(self._owners, dtype=np.int64), np.frombuffer(self._numbers, dtype=np.int64)
+        keep, findings = check_boxes(xyxy, usable, owners, numbers)
         names = list(self.labels)
-        for number in np.flatnonzero(np.logical_or.reduce([mask for mask, *_ in kinds])).tolist():
+        for number in np.flatnonzero(np.logical_or.reduce([finding.mask for finding in findings])).tolist():
             row = int(owners[number])
             width, height = sizes[row].tolist()
             on = f" on {width} x {height}" if width > 0 else ""
             label = names[self._numbers[number]]
             said = f"box {self._places[number]} ({label[:80]}): {values[number].tolist()} as {box_format}{on}"
-            for mask, kind, what, action in kinds:
-                if mask[number]:
-                    self.report_row(row, kind, f"{said} {what}", action, self._places[number])
+            for finding in findings:
+                if finding.mask[number]:
+                    place = self._places[number]
+                    self.report_row(row, finding.kind, f"{said} {finding.what}", finding.action, place)
         return keep
-
-    def _duplicates(self, xyxy: np.ndarray, keep: np.ndarray) -> np.ndarray:
-        """Mark boxes that cover nearly what an earlier box of their picture and label covers.
-
-        Boxes are compared along their left edges: over IoU .95 these differ by less than a twentieth of the width.
-        """
-        owners, numbers = np.frombuffer(self._owners, dtype=np.int64), np.frombuffer(self._numbers, dtype=np.int64)
-        order = np.flatnonzero(keep)
-        order = order[np.lexsort((xyxy[order, 0], numbers[order], owners[order]))]
-        is_twin = np.zeros(len(xyxy), dtype=bool)
-        first, step = np.arange(len(order)), 0
-        while len(first):
-            step += 1
-            first = first[first + step < len(order)]
-            a, b = order[first], order[first + step]
-            near = (owners[a] == owners[b]) & (numbers[a] == numbers[b])
-            near &= xyxy[b, 0] - xyxy[a, 0] <= (1 - DUPLICATE_IOU) * (xyxy[a, 2] - xyxy[a, 0])
-            first, a, b = first[near], a[near], b[near]
-            both = (
-                (np.minimum(xyxy[a, 2:], xyxy[b, 2:]) - np.maximum(xyxy[a, :2], xyxy[b, :2])).clip(min=0).prod(axis=1)
-            )
-            areas = (xyxy[:, 2:] - xyxy[:, :2])[np.stack([a, b])].prod(axis=2).sum(axis=0)
-            same = both > DUPLICATE_IOU * (areas - both)
-            is_twin[np.maximum(a, b)[same]] = True
-            first = first[~is_twin[order[first]]]  # what equals an earlier box has been compared by it
-        return is_twin
 
     def _columns(self, xyxy: np.ndarray, keep: np.ndarray, sizes: np.ndarray, reads_heads: bool) -> Columns:
         owners = np.frombuffer(self._owners, dtype=np.int64)
@@ -446,70 +365,3 @@ class Rows:
             exif=self.exif,
             reads_heads=reads_heads,
         )
-
-
-def safe_path(folder: Path, name: str, root: Path) -> Path | None:
-    """Return `folder / name` where it stays below `root`; None where it does not, or can be no path at all.
-
-    The test is made on the names, not on where links lead: links to a store are common among data sets and are the
-    user's own, while `../../etc/passwd` and `/etc/passwd` come from the file. An absolute path below `root` is one too.
-    """
-    name = name.replace("\\", "/")
-    if not name or any(ord(letter) < 32 for letter in name) or ":" in name[:2]:
-        return None
-    if any(len(part.encode(errors="replace")) > 255 for part in name.split("/")) or len(name) > 2000:
-        return None  # longer than a file system allows
-    base = os.path.abspath(root)
-    path = os.path.abspath(os.path.join(os.path.abspath(folder), name))
-    inside = path.startswith(base.rstrip("/") + "/")
-    if PurePosixPath(name).is_absolute() and not inside:
-        return None
-    return Path(path) if inside and path != base else None
-
-
-def split_name(text: str, default: str = "train") -> str:
-    """Return the split that a file or folder is named after: `instances_val2017` is of `val`; else `default`."""
-    for word in "".join(letter if letter.isalpha() else " " for letter in text.lower()).split():
-        if word in ("train", "val", "test") or word in SPLIT_NAMES:
-            return SPLIT_NAMES.get(word, word)
-    return default
-
-
-def read_text(path: Path, most: int = 64_000_000) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark.
-
-    Raises:
-        DataError: it cannot be read, is too large, or is not UTF-8.
-    """
-    try:
-        if path.stat().st_size > most:
-            raise DataError(f"{path} has over {most:,} bytes", "this is no file of that kind")
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
-        ) from error
-
-
-def side(value: Any) -> int:
-    """Return a stated width or height in pixels; 0 where it is no positive whole number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return 0
-    try:
-        number = float(value)
-    except ValueError:
-        return 0
-    return int(number) if math.isfinite(number) and 1 <= number < 2**31 and number == int(number) else 0
-
-
-def four_numbers(value: Any) -> list[float] | None:
-    """Return four finite floats, or None."""
-    if isinstance(value, str | bytes | Mapping):
-        return None
-    try:
-        numbers = [float(number) for number in value]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return numbers if len(numbers) == 4 and all(map(math.isfinite, numbers)) else None

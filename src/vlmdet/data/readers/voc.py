@@ -18,7 +18,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from vlmdet.boxes import BoxFormat
-from vlmdet.data.readers.rows import Report, Rows, safe_path, side
+from vlmdet.data.readers.rows import Report, Rows
+from vlmdet.data.readers.values import safe_path, side
 from vlmdet.errors import DataError
 from vlmdet.records import DetectionDataset
 

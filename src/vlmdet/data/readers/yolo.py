@@ -30,7 +30,8 @@ import yaml
 
 from vlmdet.boxes import BoxFormat
 from vlmdet.data.readers.locate import SUFFIXES
-from vlmdet.data.readers.rows import SPLIT_NAMES, Rows, read_text, safe_path
+from vlmdet.data.readers.rows import Rows
+from vlmdet.data.readers.values import SPLIT_NAMES, read_text, safe_path
 from vlmdet.errors import DataError
 from vlmdet.records import DetectionDataset
 
