@@ -68,7 +68,7 @@ def side(value: Any) -> int:
         return 0
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0
     return int(number) if math.isfinite(number) and 1 <= number < 2**31 and number == int(number) else 0
 

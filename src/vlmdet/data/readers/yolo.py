@@ -153,7 +153,7 @@ def _read_config(file: Path) -> _Config:
     pairs = list(enumerate(names) if isinstance(names, list) else names.items() if isinstance(names, Mapping) else [])
     known: dict[int, str] = {}
     for number, name in pairs:
-        if isinstance(number, str) and number.isdecimal():
+        if isinstance(number, str) and number.isdecimal() and len(number) < 10:
             number = int(number)
         if not isinstance(number, int) or isinstance(name, list | Mapping) or not str(name).strip():
             raise DataError(
