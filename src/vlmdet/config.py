@@ -66,9 +66,9 @@ class DataSettings:
     max_problems: float = 0.01
     """Share of broken rows above which the run stops. Higher lets a misread format pass unnoticed."""
 
-    box_order: Literal["as_given", "raster"] = "raster"
-    """Order of the boxes in an answer. `raster` (top to bottom, then left to right) can be learned from the picture;
-    `as_given` only where the source's order means something."""
+    box_order: Literal["as_given", "raster", "large_first", "shuffle"] = "raster"
+    """Order of the boxes in an answer. `raster` (top to bottom, then left to right) and `large_first` can be learned from
+    the picture, `as_given` only where the source's order means something; `shuffle` keeps the model from learning one."""
 
     seed: int = 0
     """Chooses the rows that are held back or kept by `limit`; another seed, other rows."""
@@ -91,7 +91,8 @@ class ModelSettings:
     """`sdpa` is fast everywhere; `flash_attention_2` needs its own package and a GPU; `eager` is slow, to debug."""
 
     codec: str = "qwen2_vl"
-    """How boxes are written as text. With another than the base was trained on, training starts from nothing."""
+    """How boxes are written as text: `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `paligemma`, `florence2`, `internvl`,
+    `plain_json`. With another than the base was trained on, training starts from nothing."""
 
     min_pixels: int | None = None
     """Smaller pictures are enlarged to this. None: the limit of the base."""

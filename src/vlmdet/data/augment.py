@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from vlmdet.boxes import Boxes, BoxFormat
-from vlmdet.data.dataset import build_messages
+from vlmdet.data.dataset import ViewOf, build_messages
 from vlmdet.images import to_upright_rgb
 
 _PIXELS = BoxFormat("xyxy", "pixel")
@@ -84,12 +84,18 @@ def _window(rng: np.random.Generator, points: np.ndarray, width: int, height: in
 
 
 def augment_rows(
-    rows: dict[str, list[Any]], *, chances: Mapping[str, float], asked: Sequence[str], codec: str, box_order: str
+    rows: dict[str, list[Any]],
+    *,
+    chances: Mapping[str, float],
+    asked: Sequence[str],
+    codec: str,
+    box_order: str,
+    view_of: ViewOf | None = None,
 ) -> dict[str, list[Any]]:
     """Change a batch of training rows: the function for `Dataset.with_transform`.
 
     Input: columns of `data.dataset.build_rows`: `messages`, `image`, `boxes`, `labels`, …; `chances` as keywords of `augment`;
-    `asked`, labels of the prompt.
+    `asked`, labels of the prompt; `view_of` as in `build_rows`, asked for the size of the new picture.
     Output: the same columns with new pictures, boxes and messages. Randomness comes from torch's generator, which the
     Trainer seeds, and each loader worker has its own.
     """
@@ -103,7 +109,15 @@ def augment_rows(
         result["image"].append(picture)
         result["boxes"].append(boxes.tolist())
         result["messages"].append(
-            build_messages(asked, boxes=boxes, labels=labels, size=picture.size, codec=codec, box_order=box_order)
+            build_messages(
+                asked,
+                boxes=boxes,
+                labels=labels,
+                size=picture.size,
+                view=view_of(*picture.size) if view_of else None,
+                codec=codec,
+                box_order=box_order,
+            )
         )
     return result
 

@@ -17,6 +17,8 @@ The picture itself is put into the messages later, for every batch, by `data.col
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from PIL import Image
 
 from vlmdet.boxes import Boxes, BoxFormat
 from vlmdet.errors import ConfigError, DataError, did_you_mean
-from vlmdet.grounding import View, get_codec
+from vlmdet.grounding import PIXEL_CODECS, View, get_codec
 from vlmdet.grounding.codec import escape_label
 from vlmdet.grounding.prompts import SYSTEM_PROMPT, build_user_prompt
 from vlmdet.images import decode, orientation, to_upright_rgb
@@ -38,8 +40,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BoxOrder = Literal["raster", "as_given"]
+BoxOrder = Literal["raster", "as_given", "large_first", "shuffle"]
 Messages = list[dict[str, Any]]
+ViewOf = Callable[[int, int], View]
+"""From the width and height of an upright picture, in pixels, to what the model sees of it."""
 
 IMAGE_PLACEHOLDER = "IMAGE_PLACEHOLDER"
 """Stands where a picture belongs: Arrow cannot store a picture in one part of a message and text in the next."""
@@ -74,13 +78,14 @@ def build_messages(
 
     Input: `asked`, the labels of the question; `boxes` (n) on the upright picture with n `labels`, or None for a
     question without an answer; `size`, width and height in pixels, or `view`, which also says what the model sees
-    (codecs that write pixels need it); `box_order`, `raster` (top to bottom, then left to right) or `as_given`.
+    (codecs that write pixels need it); `box_order`, `raster` (top to bottom, then left to right), `large_first`,
+    `shuffle` or `as_given`, see `_in_order`.
     Output: system, user (placeholder, question) and, with boxes, assistant; every content is a list of parts:
     `{"role": "assistant", "content": [{"type": "text", "text": "<|object_ref_start|>logo<|object_ref_end|>…"}]}`.
     Control tokens in labels are made harmless (`escape_label`).
 
     Raises:
-        ConfigError: codec or box order is unknown.
+        ConfigError: codec or box order is unknown, or the codec writes pixels of the resized picture and `view` is absent.
         ValueError: nothing is asked for, or boxes and labels differ in number.
     """
     question = build_user_prompt([escape_label(label) for label in asked])
@@ -93,6 +98,11 @@ def build_messages(
     ]
     if boxes is not None:
         boxes, labels = _in_order(boxes, labels, box_order)
+        if view is None and codec in PIXEL_CODECS:
+            raise ConfigError(
+                f"{codec} writes pixels of the resized picture, and nobody said which size that is",
+                "give view or view_of, e.g. functools.partial(grounding.sizes.plan_view, min_pixels=…, max_pixels=…)",
+            )
         answer = get_codec(codec).encode(labels, boxes, view or View(*size, *size))
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
@@ -104,6 +114,7 @@ def convert_to_conversation_format(
     labels: Sequence[str] = NUTRITION_LABELS,
     codec: str = "qwen2_vl",
     box_order: BoxOrder = "raster",
+    view_of: ViewOf | None = None,
     problems: list[Problem] | None = None,
 ) -> dict[str, Any]:
     """Turn a raw row of the nutrition-table data set into a training row.
@@ -111,8 +122,8 @@ def convert_to_conversation_format(
     When: once per row, usually by `datasets.Dataset.map`.
 
     Input: `example` as in the module's docstring; `width` and `height` may be absent; `image` is a PIL image, a path,
-    or the storage form `{"path", "bytes"}`. `labels` are asked for. `problems` collects boxes that were cut to the
-    picture or left out because they have no area; without it they are logged as warnings.
+    or the storage form `{"path", "bytes"}`. `labels` are asked for. `view_of` as in `build_rows`. `problems` collects
+    boxes that were cut to the picture or left out because they have no area; without it they are logged as warnings.
     Output: `id`, `messages`, `image` as given (turned upright where it is an opened image with an EXIF turn, which
     Arrow would lose), `boxes` [[x1, y1, x2, y2]] as fractions of the upright picture, `labels`; all in one order.
     A picture with an EXIF turn whose `width` and `height` are those before the turn has its boxes turned too.
@@ -142,7 +153,13 @@ def convert_to_conversation_format(
     boxes, names = _mend(boxes, names, name, problems)
     boxes, names = _in_order(boxes, names, box_order)
     messages = build_messages(
-        labels, boxes=boxes, labels=names, size=(width, height), codec=codec, box_order="as_given"
+        labels,
+        boxes=boxes,
+        labels=names,
+        size=(width, height),
+        view=view_of(width, height) if view_of else None,
+        codec=codec,
+        box_order="as_given",
     )
     # Written to Arrow, an opened picture loses its EXIF tag: it would be shown unturned under boxes that are upright.
     if isinstance(image, Image.Image) and turn != 1:
@@ -208,20 +225,27 @@ def build_rows(
     labels: Sequence[str],
     codec: str = "qwen2_vl",
     box_order: BoxOrder = "raster",
-    view_of: Callable[[Sample], View] | None = None,
+    view_of: ViewOf | None = None,
 ) -> datasets.Dataset:
     """Turn a reader's samples into a data set of training rows.
 
     When: once per split, before training.
 
-    Input: as `build_row`; `view_of` gives the view of a sample where the codec needs one.
+    Input: as `build_row`; `view_of` plans the view of a picture by width and height in pixels, for codecs that write pixels
+    of the resized picture: `partial(plan_view, min_pixels=…, max_pixels=…, factor=…)`.
     Output: columns `id`, `messages`, `image`, `boxes`, `labels`. Arrow gives every part of a message all keys (`text`,
     `image`), None where unused; `restore_images_in_conversations` takes them away again.
     """
     from datasets import Dataset
 
     rows = [
-        build_row(sample, labels=labels, codec=codec, box_order=box_order, view=view_of(sample) if view_of else None)
+        build_row(
+            sample,
+            labels=labels,
+            codec=codec,
+            box_order=box_order,
+            view=view_of(sample.width, sample.height) if view_of else None,
+        )
         for sample in samples
     ]
     features = conversation_features()
@@ -235,12 +259,13 @@ def load_nutrition_tables(
     labels: Sequence[str] = NUTRITION_LABELS,
     codec: str = "qwen2_vl",
     box_order: BoxOrder = "raster",
+    view_of: ViewOf | None = None,
 ) -> datasets.Dataset:
     """Load a split of `openfoodfacts/nutrition-table-detection` from the Hugging Face hub as training rows.
 
     When: once; downloads on first use.
 
-    Input: `split`, `train` (1,083 rows) or `val` (123).
+    Input: `split`, `train` (1,083 rows) or `val` (123); `view_of` as in `build_rows`.
     Output: as `build_rows`. Rows without a picture and rows whose boxes all lack an area are left out, and counted in
     the log.
     """
@@ -259,7 +284,7 @@ def load_nutrition_tables(
         )
     return kept.map(
         convert_to_conversation_format,
-        fn_kwargs={"labels": tuple(labels), "codec": codec, "box_order": box_order},
+        fn_kwargs={"labels": tuple(labels), "codec": codec, "box_order": box_order, "view_of": view_of},
         remove_columns=kept.column_names,
         features=conversation_features(),
     )
@@ -364,9 +389,25 @@ def _report(problem: Problem, problems: list[Problem] | None) -> None:
 
 
 def _in_order(boxes: Boxes, labels: Sequence[str], box_order: str) -> tuple[Boxes, tuple[str, ...]]:
+    """Put boxes into the order of a policy; all but `as_given` give the same order however the boxes came.
+
+    `raster` goes from top to bottom, then left to right; `large_first` by area, equal ones in raster order; `shuffle` is
+    a random order that only the boxes and labels themselves choose, so that a row keeps it from run to run, and a picture
+    whose boxes were moved by augmentation gets another.
+    """
     if box_order not in get_args(BoxOrder):
         raise ConfigError(f"unknown box order '{box_order}'", did_you_mean(box_order, get_args(BoxOrder)))
     if len(boxes) != len(labels):
         raise ValueError(f"{len(boxes)} boxes but {len(labels)} labels")
-    rows = boxes.raster_order().tolist() if box_order == "raster" else list(range(len(boxes)))
+    rows = list(range(len(boxes)))
+    if box_order == "raster":
+        rows = boxes.raster_order().tolist()
+    elif box_order == "large_first":
+        raster = boxes.raster_order()
+        rows = raster[np.argsort(-boxes.area()[raster], kind="stable")].tolist()
+    elif box_order == "shuffle":
+        content = [json.dumps([labels[i], boxes.xyxy[i].round(9).tolist()]) for i in rows]
+        rows.sort(key=lambda i: content[i])
+        digest = hashlib.sha256("".join(content[i] for i in rows).encode()).digest()
+        rows = np.random.default_rng(list(digest)).permutation(rows).tolist()
     return boxes[rows], tuple(labels[i] for i in rows)

@@ -19,6 +19,9 @@ CODECS: dict[str, Codec] = {
     "plain_json": plain_json,
 }
 
+PIXEL_CODECS = frozenset({"qwen2_5_vl"})
+"""Codecs whose numbers are pixels of the resized picture: they need a `View` of the real processor's size."""
+
 
 def get_codec(name: str) -> Codec:
     """Return the codec of a name.
@@ -31,4 +34,4 @@ def get_codec(name: str) -> Codec:
     return CODECS[name]
 
 
-__all__ = ["CODECS", "Codec", "ParseProblem", "Parsed", "View", "get_codec"]
+__all__ = ["CODECS", "PIXEL_CODECS", "Codec", "ParseProblem", "Parsed", "View", "get_codec"]

@@ -36,6 +36,7 @@ from vlmdet.data.readers import open_dataset
 from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
 from vlmdet.errors import DataError, TrainingError
 from vlmdet.evaluation.predict import predict
+from vlmdet.grounding.sizes import plan_view
 from vlmdet.models.loader import Loaded, load, make_contract
 from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable
 from vlmdet.records import DetectionDataset, Sample
@@ -263,12 +264,16 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
 
 def training_rows(prepared: Prepared) -> datasets.Dataset:
     """Make the rows that the trainer reads: `messages`, `image`, `boxes`, `labels`, `id`."""
-    settings = prepared.settings
+    settings, contract = prepared.settings, prepared.contract
+    view_of = partial(
+        plan_view, min_pixels=contract.min_pixels, max_pixels=contract.max_pixels, factor=contract.size_factor
+    )
     rows = build_rows(
         prepared.dataset.splits["train"],
-        labels=prepared.contract.labels,
+        labels=contract.labels,
         codec=settings.model.codec,
         box_order=settings.data.box_order,
+        view_of=view_of,
     )
     chances = asdict(settings.augment)
     if any(chances.values()):
@@ -279,6 +284,7 @@ def training_rows(prepared: Prepared) -> datasets.Dataset:
                 asked=prepared.contract.labels,
                 codec=settings.model.codec,
                 box_order=settings.data.box_order,
+                view_of=view_of,
             )
         )
     return rows

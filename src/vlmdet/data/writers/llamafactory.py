@@ -16,7 +16,6 @@ pictures without regard to an EXIF turn. Source: LLaMA-Factory 0.9.5, `data/mm_p
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from vlmdet.data.writers.conversation import (
@@ -30,6 +29,7 @@ from vlmdet.data.writers.conversation import (
 )
 from vlmdet.data.writers.files import Row, Writing
 from vlmdet.grounding import View
+from vlmdet.grounding.sizes import llamafactory_size
 
 ROUNDING = "the answer's text within half a step of the codec's grid"
 DEFAULT_LIMITS = (1024, 589_824)
@@ -87,17 +87,3 @@ def write(writing: Writing, training: Training) -> dict[str, Any]:
     if processor is not None:
         resize += f" (multiples of {processor.factor}, {processor.min_pixels:,} to {processor.max_pixels:,} pixels)"
     return describe(writing, training, resize=resize, use=use, min_pixels=low, max_pixels=high)
-
-
-def llamafactory_size(width: int, height: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the size to which LLaMA-Factory's Qwen-VL plugin resizes a picture before the processor sees it."""
-    if width * height > max_pixels:
-        shrink = math.sqrt(max_pixels / (width * height))
-        width, height = int(width * shrink), int(height * shrink)
-    if width * height < min_pixels:
-        grow = math.sqrt(min_pixels / (width * height))
-        width, height = int(width * grow), int(height * grow)
-    width, height = max(width, 28), max(height, 28)
-    return min(width, height * 180 if width > 200 * height else width), min(
-        height, width * 180 if height > 200 * width else height
-    )
