@@ -31,7 +31,7 @@ _GROUP = rf"[(（\[【]\s*+({NUMBER}(?:\s*+[,，、]?+\s*+{NUMBER})*+)\s*+[)）\
 _OUTER = r"(?:[\[(（【]\s*+(?=[\[(（【]))?+"
 _GROUPS = re.compile(
     r"\\(?:u[0-9a-f]{4}|.)"
-    rf"|(?P<groups>{_GROUP}(?:\s*+(?:[,，、]\s*+)?+{_OUTER}{_GROUP})*+)"
+    rf"|(?P<groups>{_GROUP}(?:\s*+(?:[,，、]\s*+)?+{_OUTER}{_GROUP})*+)[\s\])）】]*+"
     r"|<box>(?P<bare>[^<\\a-zA-Z]*+)</box>",
     re.DOTALL,
 )
@@ -85,6 +85,8 @@ def read_brackets(
             continue
         label = _name(text[end : match.start()], label, first=end == 0, undo=undo, exact=exact)
         end = match.end()
+        if groups is None and _is_balanced(bare):
+            groups = bare
         if groups is None:
             _odd_span(bare, label, reading)
             continue
@@ -124,6 +126,12 @@ def _odd_span(span: str, label: str | None, reading: Reading) -> None:
         reading.problem("point", span)
     elif numbers:
         reading.problem("odd_number_count", span)
+
+
+def _is_balanced(span: str) -> bool:
+    """Tell whether as many brackets open as close, and at least one."""
+    opening = sum(span.count(mark) for mark in "(（[【")
+    return 0 < opening == sum(span.count(mark) for mark in ")）]】")
 
 
 def _opens(text: str, start: str, end: str) -> bool:
