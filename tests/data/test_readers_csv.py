@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from vlmdet.errors import DataError
 from vlmdet.records import DetectionDataset, Sample
 
 PIXELS = BoxFormat("xyxy", "pixel")
+
+
+@pytest.fixture(autouse=True)
+def _own_drawings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("drawings")))
 
 
 def write(file: Path, text: str, pictures: Sequence[str] = ("a.jpg",)) -> Path:
