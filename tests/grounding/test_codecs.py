@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from typing import Any
 
 import numpy as np
@@ -182,3 +184,38 @@ def test_no_control_token_of_the_real_vocabulary(name: str, label: str, qwen_pro
         for text in ("cup", label)
     ]
     assert controls[0] == controls[1]
+
+
+PIECES = [
+    "[",
+    "{",
+    "[[1,2,3,4],",
+    '"bbox":[1,2,3,4],',
+    '{"a":',
+    "{[1,2,3,4]1",
+    '"',
+    "\\",
+    "<box>",
+    "(1,2),",
+    "<loc0001>",
+    "1,",
+]
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("before", ["", '{"label": "a", "x": '])
+def test_time_grows_in_proportion_to_the_length(name: str, piece: str, before: str) -> None:
+    """16 times the text may take 80 times as long; a quadratic parser takes 256 times as long."""
+
+    def seconds(length: int) -> float:
+        text = before + piece * (length // len(piece))
+        started = time.process_time()
+        CODECS[name].parse(text, VIEW)
+        return time.process_time() - started
+
+    gc.disable()  # its passes over whatever other tests left behind are not the parser's
+    try:
+        assert min(seconds(1 << 15) for _ in range(2)) <= 80 * max(min(seconds(1 << 11) for _ in range(3)), 1e-3)
+    finally:
+        gc.enable()

@@ -54,6 +54,7 @@ _NAMED_NUMBERS = (
     ("left top width height", "xywh"),
 )
 _NAMED_CORNERS = (("topleft", "bottomright"), ("lefttop", "rightbottom"), ("upperleft", "lowerright"), ("start", "end"))
+_FIRST_NAMES = {names.split()[0] for names, _ in _NAMED_NUMBERS} | {first for first, _ in _NAMED_CORNERS}
 _NUMBER_TEXT = re.compile(rf"\s*+({NUMBER})\s*+(?:px)?+\s*+")
 _PERCENT_TEXT = re.compile(rf"\s*+{NUMBER}\s*+%\s*+")
 _BOX_TEXT = re.compile(r"[\d\s.,，、;()\[\]（）<>+-]{7,200}")
@@ -220,6 +221,8 @@ class _Collector:
 
     def _object(self, node: Node, label: str | None) -> list[tuple[Node, str, str | None]]:
         """Read the boxes of an object itself, and return what is to be looked at inside it."""
+        if all(key is None for key, _ in node.items):  # a brace too many
+            return [(value, "", label) for _, value in node.items if isinstance(value, Node)]
         detail = self._detail(node)
         if self._named(node, label, detail):
             return []
@@ -234,6 +237,7 @@ class _Collector:
             boxes = [i for i, (plain, _, value) in enumerate(keyed) if plain != name_key and _is_box_like(value)]
             if boxes:
                 self.reading.problem("other_key", detail)
+        chosen = set(boxes)
         inside: list[tuple[Node, str, str | None]] = []
         for place, i in enumerate(boxes):
             plain, _, value = keyed[i]
@@ -245,7 +249,7 @@ class _Collector:
         if len(boxes) > 1 and len({keyed[i][0] for i in boxes}) < len(boxes):
             self.reading.problem("duplicate_key", detail)
         for i, (plain, key, value) in enumerate(keyed):
-            if i in boxes or not isinstance(value, Node) or plain == name_key:
+            if i in chosen or not isinstance(value, Node) or plain == name_key:
                 continue
             if boxes and not _holds_objects(value):
                 continue  # keypoints, colours, masks beside a box
@@ -263,6 +267,8 @@ class _Collector:
         if not 2 <= len(node.items) <= 40:
             return False
         values = {_plain(key): value for key, value in node.items}
+        if _FIRST_NAMES.isdisjoint(values):
+            return False
         name_key = _label_key([(key, key, value) for key, value in values.items()])
         name = _as_label(values[name_key]) if name_key is not None else label
         for names, order in _NAMED_NUMBERS:
@@ -291,7 +297,9 @@ def _plain(key: str | None) -> str:
 
 def _label_key(keyed: Sequence[tuple[str, Any, Any]]) -> str | None:
     """Choose the key that holds the name: the known ones in their order, then `name_xx`, `label_xx`."""
-    named = {plain for plain, _, value in keyed if _as_label(value) is not None}
+    named = {plain for plain, _, value in keyed if plain and _as_label(value) is not None}
+    if not named:
+        return None
     for known in _LABEL_KEYS:
         if known in named:
             return known
@@ -336,12 +344,14 @@ def _point(value: Any) -> tuple[float, float] | None:
 
 
 def _is_box_like(value: Any) -> bool:
-    """Tell whether a value is four numbers, or a list of such."""
-    if not isinstance(value, Node) or value.kind != "list" or not value.items:
-        return False
-    if isinstance(value.items[0], Node):
-        return all(_is_box_like(item) for item in value.items[:100] if isinstance(item, Node) and item is not value)
-    return len(value.items) == 4 and all(_as_number(item) is not None for item in value.items)
+    """Tell whether a value is four numbers, or a list that begins with such."""
+    for _ in range(3):
+        if not isinstance(value, Node) or value.kind != "list" or not value.items:
+            return False
+        if not isinstance(value.items[0], Node):
+            return len(value.items) == 4 and all(_as_number(item) is not None for item in value.items)
+        value = value.items[0]
+    return False
 
 
 def _may_hold_box(value: Any) -> bool:

@@ -29,6 +29,8 @@ _DETAIL = 80
 NUMBER = r"[-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?+\d{1,3}+)?+"
 """A number as models write it; possessive, so that a search stays linear."""
 
+_NUMBER = re.compile(NUMBER)
+
 
 @dataclass
 class Reading:
@@ -132,7 +134,7 @@ def to_float(digits: str) -> float:
 
 def numbers_in(text: str) -> list[float]:
     """Return every number of a text."""
-    return [to_float(digits) for digits in re.findall(NUMBER, text)]
+    return [to_float(digits) for digits in _NUMBER.findall(text)]
 
 
 def final_answer(text: str) -> str:
