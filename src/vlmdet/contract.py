@@ -72,7 +72,7 @@ class Contract:
         min_pixels: below it a picture is enlarged.
         max_pixels: above it a picture is shrunk.
         size_factor: both sides of a resized picture are multiples of it, in pixels: 28 for Qwen2-VL.
-        box_order: order of the boxes in the training answers: `raster` or `as_given`.
+        box_order: order of the boxes in the training answers: `raster`, `as_given`, `large_first` or `shuffle`.
         labels: class names as asked for and written, in order.
         base_model: the base's name, id or path.
         base_fingerprint: a hash over tensors of the base.
