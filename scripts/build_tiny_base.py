@@ -2,12 +2,12 @@
 
 When: once; the result is committed under `src/vlmdet/models/tiny_base/`. On 2 CPU cores:
 
-    python scripts/build_tiny_base.py --out src/vlmdet/models/tiny_base --log experiments/tiny_base.jsonl
+    python scripts/build_tiny_base.py --bf16 --out src/vlmdet/models/tiny_base --log experiments/tiny_base.jsonl
 
 Every step sees new pictures (`vlmdet.data.synthetic.shapes`), so the loss and IoU of the training batches are those of
-unseen data. The first `--vision-steps` train the vision tower alone, the rest the whole model. Four losses are added up, the
-last three through heads that are thrown away afterwards, because they break the plateau at which the coordinates of an
-answer otherwise stay for thousands of steps:
+unseen data. The first `--vision-steps` train the vision tower alone, the rest the whole model, on one to three questions
+about each picture. Four losses are added up, the last three through heads that are thrown away afterwards, because they break
+the plateau at which the coordinates of an answer otherwise stay for thousands of steps:
 1. the answer's tokens; a number's target is a narrow bell over its neighbours, not one class in a thousand;
 2. on every image token as it leaves the vision tower: shape and colour of the object that covers it, and which part of
    its cell the object's box fills;
@@ -21,8 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2VLForConditionalGeneration
 
-from vlmdet.data.synthetic.shapes import COLORS, SHAPES, Scene, draw_scene
+from vlmdet.data.synthetic.shapes import COLORS, POLYGON_SHAPES, SHAPES, Scene, draw_scene
 from vlmdet.grounding.prompts import NONE_ANSWER, SYSTEM_PROMPT, build_user_prompt
 from vlmdet.models.tiny import TINY_MAX_PIXELS, build_model, build_processor, build_tokenizer, number_ids
 from vlmdet.training.optim import Muon, muon_groups
@@ -60,20 +61,33 @@ def answer_text(boxes: np.ndarray, label: str) -> str:
     return "".join(parts) or NONE_ANSWER
 
 
-class Questions(IterableDataset):
-    """An endless stream of batches of pictures, questions and answers; `progress` in [0, 1] makes them harder."""
+class Turn(NamedTuple):
+    """One question about a scene: `label`, the objects `chosen` by it (a bool each), and their `boxes` in raster order."""
 
-    def __init__(self, processor: Any, *, batch: int, steps: int, ramp: int, seed: int) -> None:
-        self.processor, self.batch, self.steps, self.ramp, self.seed = processor, batch, steps, ramp, seed
+    label: str
+    chosen: list[bool]
+    boxes: np.ndarray
+
+
+class Questions(IterableDataset):
+    """A stream of batches of pictures, questions and answers.
+
+    After the first `alone` steps, which concern the vision tower only, pictures start easy and are all hard from `ramp` on.
+    """
+
+    def __init__(self, processor: Any, *, batch: int, steps: int, alone: int, ramp: int, seed: int) -> None:
+        self.processor, self.batch, self.steps = processor, batch, steps
+        self.alone, self.ramp, self.seed = alone, ramp, seed
 
     def __iter__(self) -> Any:
         rng = np.random.default_rng(self.seed)
         for step in range(self.steps):
-            yield self.make(rng, min(step / self.ramp, 1.0))
+            yield self.make(rng, 1.0 if step < self.alone else min((step - self.alone) / self.ramp, 1.0))
 
     def make(self, rng: np.random.Generator, hard: float) -> dict[str, torch.Tensor]:
         width, height = SIZES[rng.integers(len(SIZES))]
         most = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))  # one limit a batch: rows of like length, little padding
+        turns = int(rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3]))
         scale = float(rng.uniform(1.0, 1.5))
         rows = []
         for _ in range(self.batch):
@@ -82,55 +96,69 @@ class Questions(IterableDataset):
                 rng,
                 round(width * scale),
                 round(height * scale),
-                objects=1 if easy else int(rng.integers(1, 5)),
+                objects=1 if easy else int(rng.integers(1, 6)),
                 smallest=0.35 if easy else 0.18,
                 largest=0.75,
             )
-            rows.append((scene, *self.ask(rng, scene, hard, most)))
-        return self.collate(rows, width, height)
+            rows.append((scene, self.ask(rng, scene, hard, most, turns)))
+        return self.collate(rng, rows, width, height)
 
-    def ask(self, rng: np.random.Generator, scene: Scene, hard: float, most: int) -> tuple[str, str, str, np.ndarray]:
-        """Choose a question with at most `most` boxes about a scene; returns system, user, answer, boxes."""
+    def ask(self, rng: np.random.Generator, scene: Scene, hard: float, most: int, turns: int) -> list[Turn]:
+        """Choose at most `turns` questions with at most `most` boxes each; no answer repeats an earlier one."""
         names = scene.names()
         present = sorted(set().union(*names))
-        count = {name: sum(name in own for own in names) for name in present}
-        choices = [name for name in present if count[name] <= most] or present
-        full = [name for name in choices if " " in name]  # mostly by colour and shape, sometimes by shape alone
-        label = str(rng.choice(full if full and rng.random() < 0.7 else choices))
-        if rng.random() < 0.1 * hard:
-            missing = sorted({*SHAPES, *(f"{c} {s}" for c in COLORS for s in SHAPES[:14])} - set(present))
-            label = str(rng.choice(missing))
-        boxes = scene.boxes[[label in own for own in names]]
-        system = SYSTEM_PROMPT if rng.random() < 0.9 else str(rng.choice(OTHER_SYSTEM_PROMPTS))
-        return system, build_user_prompt([label]), answer_text(boxes, label), boxes[raster(boxes)]
+        wanted = {name: [name in own for own in names] for name in present}
+        asked: list[Turn] = []
+        for _ in range(turns):
+            given = [turn.chosen for turn in asked]
+            fresh = [name for name in present if wanted[name] not in given]
+            choices = [name for name in fresh if sum(wanted[name]) <= most] or fresh
+            if rng.random() < 0.1 * hard:
+                choices = sorted({*SHAPES, *(f"{c} {s}" for c in COLORS for s in POLYGON_SHAPES)} - set(present))
+            if not choices:
+                break
+            full = [name for name in choices if " " in name]  # mostly by colour and shape, sometimes by shape alone
+            label = str(rng.choice(full if full and rng.random() < 0.7 else choices))
+            chosen = wanted.get(label, [False] * len(names))
+            boxes = scene.boxes[chosen]
+            asked.append(Turn(label, chosen, boxes[raster(boxes)]))
+        return asked
 
     def collate(
-        self, rows: list[tuple[Scene, str, str, str, np.ndarray]], width: int, height: int
+        self, rng: np.random.Generator, rows: list[tuple[Scene, list[Turn]]], width: int, height: int
     ) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
-        images = [scene.image.resize((width, height), resample=2) for scene, *_ in rows]
+        images = [scene.image.resize((width, height), resample=2) for scene, _ in rows]
         vision = self.processor.image_processor(images=images, return_tensors="pt")
         columns, lines = width // 28, height // 28
-        pads = "<|image_pad|>" * (columns * lines)
+        picture = "<|vision_start|>" + "<|image_pad|>" * (columns * lines) + "<|vision_end|>"
         ids, labels = [], []
-        for _, system, user, answer, _ in rows:
-            prompt = (
-                f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{user}"
-                "<|im_end|>\n<|im_start|>assistant\n"
-            )
-            head, tail = tokenizer(prompt)["input_ids"], tokenizer(answer + "<|im_end|>")["input_ids"]
-            ids.append(torch.tensor(head + tail))
-            labels.append(torch.tensor([-100] * len(head) + tail))
+        for _, turns in rows:
+            system = SYSTEM_PROMPT if rng.random() < 0.9 else str(rng.choice(OTHER_SYSTEM_PROMPTS))
+            before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{picture}"
+            row_ids, row_labels = [], []
+            for turn in turns:
+                prompt = f"{before}{build_user_prompt([turn.label])}<|im_end|>\n<|im_start|>assistant\n"
+                head = tokenizer(prompt)["input_ids"]
+                tail = tokenizer(answer_text(turn.boxes, turn.label) + "<|im_end|>")["input_ids"]
+                row_ids += head + tail
+                row_labels += [-100] * len(head) + tail
+                before = "\n<|im_start|>user\n"
+            ids.append(torch.tensor(row_ids))
+            labels.append(torch.tensor(row_labels))
+        # oneDNN compiles its kernels for each shape, and a compilation costs more than a step: few lengths
+        longest = -(-max(len(row) for row in ids) // 32) * 32
+        ids[0] = F.pad(ids[0], (0, longest - len(ids[0])), value=tokenizer.pad_token_id)
         pad = nn.utils.rnn.pad_sequence
         input_ids = pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-        cells = [cell_targets(scene, columns, lines) for scene, *_ in rows]
-        edges = [edge_targets(boxes, columns, lines) for *_, boxes in rows]
+        cells = [cell_targets(scene, columns, lines) for scene, _ in rows]
+        edges = [edge_targets(turn.boxes, columns, lines) for _, turns in rows for turn in turns]
         return {
             "edges": torch.cat(edges),
             "input_ids": input_ids,
             "attention_mask": (input_ids != tokenizer.pad_token_id).long(),
             "mm_token_type_ids": (input_ids == self.processor.image_token_id).int(),
-            "labels": pad(labels, batch_first=True, padding_value=-100),
+            "labels": F.pad(pad(labels, batch_first=True, padding_value=-100), (0, longest), value=-100)[:, :longest],
             "pixel_values": vision["pixel_values"],
             "image_grid_thw": vision["image_grid_thw"],
             "cell_kind": torch.cat([kind for kind, _ in cells]),
@@ -199,11 +227,19 @@ def soft_numbers(logits: torch.Tensor, value: torch.Tensor, spread: float = 4.0)
 
 
 def losses(
-    model: Any, helpers: Helpers, batch: dict[str, torch.Tensor], numbers: torch.Tensor, *, vision_only: bool
+    model: Any,
+    helpers: Helpers,
+    batch: dict[str, torch.Tensor],
+    numbers: torch.Tensor,
+    *,
+    vision_only: bool,
+    bf16: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Run one batch; returns the losses to add up, and figures to print."""
-    vision = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
-    seen = torch.cat(vision.pooler_output)
+    half = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=bf16)
+    with half():
+        vision = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+    seen = torch.cat(vision.pooler_output).float()
     kind, box = batch["cell_kind"], batch["cell_box"]
     covered = kind[:, 0] > 0
     guess = helpers.kind(seen)
@@ -221,15 +257,17 @@ def losses(
         return result, figures
 
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
-    outputs = model.model(
-        **inputs,
-        mm_encoder_outputs={"image": vision},
-        output_hidden_states=True,
-        output_attentions=True,
-        use_cache=False,
-    )
+    with half():
+        outputs = model.model(
+            **inputs,
+            mm_encoder_outputs={"image": vision},
+            output_hidden_states=True,
+            output_attentions=True,
+            use_cache=False,
+        )
     table = model.get_input_embeddings().weight[numbers]
-    middle = helpers.norm(outputs.hidden_states[2][batch["input_ids"] == model.config.image_token_id][covered])
+    image_tokens = batch["input_ids"] == model.config.image_token_id
+    middle = helpers.norm(outputs.hidden_states[2].float()[image_tokens][covered])
     result["middle"] = (
         sum(
             soft_numbers(head(middle) @ table.T, (box[covered, j] * 1000).round().clamp(max=999))
@@ -240,7 +278,7 @@ def losses(
 
     target = batch["labels"][:, 1:]
     kept = target != -100
-    logits = model.lm_head(outputs.last_hidden_state[:, :-1][kept])
+    logits = model.lm_head(outputs.last_hidden_state[:, :-1].float()[kept])
     target = target[kept]
     value = torch.full((model.config.text_config.vocab_size,), -1.0)
     value[numbers] = torch.arange(1000, dtype=torch.float32)
@@ -253,9 +291,9 @@ def losses(
 
     row, place = kept.nonzero(as_tuple=True)
     row, place = row[is_number], place[is_number]
-    start = (batch["input_ids"] == model.config.image_token_id).int().argmax(dim=1)[row]
+    start = image_tokens.int().argmax(dim=1)[row]
     cell = start[:, None] + torch.arange(batch["edges"].shape[1])
-    looks = [outputs.attentions[layer][row, head, place] for layer, head in ((2, 0), (3, 0), (3, 1))]
+    looks = [outputs.attentions[layer][row, head, place].float() for layer, head in ((2, 0), (3, 0), (3, 1))]
     shares = torch.stack([(look.gather(1, cell) * batch["edges"]).sum(dim=1) for look in looks])
     result["look"] = -(shares + 1e-4).log().mean() if len(row) else torch.zeros(())
     with torch.no_grad():
@@ -274,14 +312,15 @@ def losses(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--vision-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--vision-steps", type=int, default=1400)
     parser.add_argument("--start", type=Path, help="go on from the weights of this folder")
-    parser.add_argument("--sharpen", type=float, default=1.0, help="multiply the last norm, and so all logits, by this")
-    parser.add_argument("--vision-from", type=Path, help="start with the vision tower of this folder")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster where the CPU has AVX-512 BF16")
+    parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW takes a tenth")
-    parser.add_argument("--ramp", type=int, default=800, help="step from which every picture is a hard one")
+    parser.add_argument(
+        "--ramp", type=int, default=300, help="whole-model steps after which every picture is a hard one"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
@@ -307,12 +346,6 @@ def main() -> None:
         model.load_state_dict(
             Qwen2VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32).state_dict()
         )
-    if args.sharpen != 1.0:
-        with torch.no_grad():
-            model.model.language_model.norm.weight.mul_(args.sharpen)
-    if args.vision_from:
-        trained = Qwen2VLForConditionalGeneration.from_pretrained(args.vision_from, dtype=torch.float32)
-        model.model.visual.load_state_dict(trained.model.visual.state_dict())
     numbers, _ = number_ids(tokenizer)
     split = [value for value in range(1000) if len(tokenizer(str(value))["input_ids"]) != 1]
     if split:
@@ -331,14 +364,18 @@ def main() -> None:
         return min((step + 1) / 60, 1.0) * min(1.0, max(1.0 - step / args.steps, 0.01) / 0.5)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    stream = Questions(processor, batch=args.batch, steps=args.steps, ramp=args.ramp, seed=args.seed)
+    stream = Questions(
+        processor, batch=args.batch, steps=args.steps, alone=args.vision_steps, ramp=args.ramp, seed=args.seed
+    )
     loader = DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4, multiprocessing_context="spawn")
     args.log.parent.mkdir(parents=True, exist_ok=True)
     started, sums, count = time.time(), {}, 0
     with args.log.open("w", encoding="utf-8") as log:
         for step, batch in enumerate(loader, start=1):
             model.train()
-            terms, figures = losses(model, helpers, batch, numbers, vision_only=step <= args.vision_steps)
+            terms, figures = losses(
+                model, helpers, batch, numbers, vision_only=step <= args.vision_steps, bf16=args.bf16
+            )
             torch.stack([*terms.values()]).sum().backward()
             nn.utils.clip_grad_norm_(others, 1.0)
             optimizer.step()
