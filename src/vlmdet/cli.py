@@ -315,6 +315,7 @@ def _eval(args: argparse.Namespace) -> None:
 
     from vlmdet.config import load_settings
     from vlmdet.contract import Contract
+    from vlmdet.data.select import check_places, write_problems
     from vlmdet.errors import DataError, did_you_mean
     from vlmdet.evaluation.compare import paired_difference
     from vlmdet.evaluation.evaluate import evaluate, format_comparison, format_difference
@@ -330,7 +331,12 @@ def _eval(args: argparse.Namespace) -> None:
     split = args.split or settings.evaluation.split
     if split not in dataset.splits:
         raise DataError(f"{settings.data.source}: there is no split '{split}'", did_you_mean(split, dataset.splits))
-    samples = list(dataset.splits[split])[: args.limit]
+    samples, misplaced = check_places(list(dataset.splits[split])[: args.limit])
+    if misplaced:
+        where = write_problems(folder / "eval" / split / "problems.jsonl", misplaced)
+        say(f"{len(misplaced)} pictures are not scored, since their boxes would lie elsewhere: {where}")
+    if not samples:
+        raise DataError(f"{settings.data.source}: no picture of the split '{split}' is left to score")
     names = {"base": contract.base_model, "tuned": str(folder)} if args.base else {"tuned": str(folder)}
     figures, rows = {}, {}
     for which, model in names.items():

@@ -32,7 +32,7 @@ def test_policies() -> None:
     assert order("large_first") == "bca"  # equal areas in raster order
     assert order("shuffle") == order("shuffle", (2, 0, 1)) == order("shuffle", (1, 2, 0))
     with pytest.raises(ConfigError, match="box order"):
-        order("shufle")
+        order("smallest")
 
 
 def test_shuffled_rows_differ_from_each_other() -> None:

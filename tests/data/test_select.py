@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmdet.boxes import FRACTIONS, Boxes
-from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
+from vlmdet.data.select import check_pictures, check_places, drop_rows, ensure_val, refuse_above, select, write_problems
 from vlmdet.errors import DataError
 from vlmdet.records import DetectionDataset, Problem, Sample
 
@@ -148,6 +148,18 @@ def test_groups_are_never_divided(sizes: list[int], fraction: float, seed: int) 
 def test_val_cannot_be_made(splits: dict[str, Any], fraction: float, message: str) -> None:
     with pytest.raises(DataError, match=message):
         ensure_val(dataset(**splits), fraction=fraction)
+
+
+def test_what_would_be_scored_against_boxes_elsewhere_is_left_out() -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)  # the row states its size before the turn
+    rows = [sample("good", ["a"]), sample("turned", ["a"], data=turned), sample("broken", data=b"no picture")]
+    kept, problems = check_places([*rows, sample("other size", data=encoded(Image.new("RGB", (30, 30))))])
+    assert [row.id for row in kept] == ["good", "broken"]  # what cannot be opened becomes an error row
+    assert [(problem.id, problem.kind) for problem in problems] == [
+        ("turned", "exif_rotated"), ("other size", "size_mismatch"),
+    ]  # fmt: skip
 
 
 def test_drop_rows() -> None:

@@ -234,7 +234,7 @@ def compare_size(sample: Sample, stored: tuple[int, int], tag: int) -> Iterator[
             yield Finding("exif_rotated", f"EXIF orientation {tag}; boxes are taken as upright", "kept")
     elif stated == stored:
         turn = f"EXIF orientation {tag} turns the picture, the row states the size before it"
-        yield Finding("exif_rotated", f"{turn}: {said} upright, its boxes would lie elsewhere", "row_dropped")
+        yield Finding("exif_rotated", f"{turn}: {said} upright, its boxes would lie elsewhere (--exif)", "row_dropped")
     elif _same_shape(stated, upright):
         yield Finding("size_mismatch", f"{said}, of the same shape", "kept")
     else:

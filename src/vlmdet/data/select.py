@@ -149,6 +149,20 @@ def check_pictures(samples: Iterable[Sample]) -> list[Problem]:
     return look_over(samples).problems
 
 
+def check_places(samples: Sequence[Sample]) -> tuple[list[Sample], list[Problem]]:
+    """Leave out the samples whose boxes would lie elsewhere than their rows say, before a split is scored.
+
+    When: once, before scoring. A picture that cannot be opened stays: its row of the predictions becomes an error.
+    """
+    misplaced = [
+        problem
+        for problem in check_pictures(samples)
+        if problem.action == "row_dropped" and problem.kind in ("exif_rotated", "size_mismatch")
+    ]
+    dropped = {problem.id for problem in misplaced}
+    return [sample for sample in samples if sample.id not in dropped], misplaced
+
+
 def drop_rows(dataset: DetectionDataset, problems: Sequence[Problem]) -> DetectionDataset:
     """Leave out the rows that `problems` say are dropped, and add the problems to the data set's own.
 
