@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import functools
 import io
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ from vlmdet.errors import DataError
 LABEL = "nutrition-table"
 CATEGORIES = ("nutrition-table", "nutrition-table-text", "nutrition-table-small", "nutrition-table-small-energy")
 """Names by `category_id`, as in openfoodfacts/nutrition-table-detection; the drawn set uses the first."""
+
+WORTH_PROCESSES = 1000
+"""Rows from which on several processes draw: starting them takes a second or two."""
 
 _TITLES = (
     "Nutrition facts",
@@ -153,29 +158,37 @@ def write_drawn_set(folder: Path, *, train: int, val: int, test: int = 0, seed: 
 
 
 def _rows(prefix: str, seeds: list[np.random.SeedSequence]) -> Iterator[dict[str, Any]]:
-    for number, seed in enumerate(seeds):
-        rng = np.random.default_rng(seed)
-        package = draw_package(rng)
-        width, height = package.image.size
-        file = io.BytesIO()
-        package.image.save(file, "JPEG", quality=90)
-        name = f"{prefix}-{number:06d}"
-        yield {
-            "image_id": name,
-            "image": {"bytes": file.getvalue(), "path": f"{name}.jpg"},
-            "width": width,
-            "height": height,
-            "meta": {
-                "barcode": "".join(str(digit) for digit in rng.integers(10, size=13)),
-                "off_image_id": "1",
-                "image_url": "",
-            },
-            "objects": {
-                "bbox": package.boxes.to_array(BoxFormat("yxyx", "fraction"), width, height).tolist(),
-                "category_id": [CATEGORIES.index(label) for label in package.labels],
-                "category_name": list(package.labels),
-            },
-        }
+    names = [f"{prefix}-{number:06d}" for number in range(len(seeds))]
+    if len(seeds) < WORTH_PROCESSES:
+        yield from map(_row, names, seeds)
+        return
+    # spawn, not fork: the caller may have threads of torch or Arrow
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_row, names, seeds, chunksize=32)
+
+
+def _row(name: str, seed: np.random.SeedSequence) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    package = draw_package(rng)
+    width, height = package.image.size
+    file = io.BytesIO()
+    package.image.save(file, "JPEG", quality=90)
+    return {
+        "image_id": name,
+        "image": {"bytes": file.getvalue(), "path": f"{name}.jpg"},
+        "width": width,
+        "height": height,
+        "meta": {
+            "barcode": "".join(str(digit) for digit in rng.integers(10, size=13)),
+            "off_image_id": "1",
+            "image_url": "",
+        },
+        "objects": {
+            "bbox": package.boxes.to_array(BoxFormat("yxyx", "fraction"), width, height).tolist(),
+            "category_id": [CATEGORIES.index(label) for label in package.labels],
+            "category_name": list(package.labels),
+        },
+    }
 
 
 # --- where things stand -----------------------------------------------------------------------------------------------
