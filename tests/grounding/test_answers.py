@@ -10,10 +10,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from vlmdet.boxes import Boxes
 from vlmdet.grounding import CODECS, View
-from vlmdet.grounding.reading import final_answer
+from vlmdet.grounding.reading import LONGEST, final_answer
 
 FILE = Path(os.environ.get("VLMDET_SHARED", Path(__file__).parents[3] / "shared")) / "data/outputs/dev.jsonl"
 ROWS = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.is_file() else []
@@ -163,3 +165,13 @@ def test_reasoning_is_no_answer() -> None:
     assert final_answer("<think>a</think><answer>b</answer>c") == "b"
     assert final_answer("<think>a") == ""
     assert final_answer("a") == "a"
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_what_is_not_read_of_an_endless_answer_is_named(name: str) -> None:
+    view = View(640, 480, 644, 476)
+    one = CODECS[name].encode(["cup"], Boxes(np.array([[0.1, 0.2, 0.5, 0.6]])), view)
+    parsed = CODECS[name].parse(one + " " * LONGEST + one, view)
+    assert parsed.labels == ["cup"]
+    assert [problem.kind for problem in parsed.problems].count("too_long") == 1
+    assert "too_long" not in [problem.kind for problem in CODECS[name].parse(one, view).problems]

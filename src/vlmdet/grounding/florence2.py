@@ -55,6 +55,7 @@ def parse(text: str, view: View) -> Parsed:
     Output: `Parsed`. Several boxes after one name all get it; eight numbers that are no two boxes are a quadrangle.
     """
     reading = Reading(BINS - 1, BINS - 1)
+    text = reading.cut(text)
     label: str | None = None
     for run in runs(text):
         name = name_of(run.before)

@@ -55,6 +55,7 @@ def parse(text: str, view: View) -> Parsed:
     Output: `Parsed`. Where the text is JSON with keys, it is read as such, with the problem `other_notation`.
     """
     reading = Reading(GRID, GRID)
+    text = reading.cut(text)
     if "{" in text and "<box>" not in text:
         parsed = parse_json(text, x_limit=GRID, y_limit=GRID)
         if parsed.status == "ok":

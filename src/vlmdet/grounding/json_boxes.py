@@ -90,8 +90,8 @@ def parse_json(text: str, *, x_limit: float, y_limit: float) -> Parsed:
     Output: `Parsed`. Where no JSON box stands in it, boxes in the notation of Qwen2-VL are taken from the same grid, with
     the problem `other_notation`.
     """
-    answer = final_answer(text)
     reading = Reading(x_limit, y_limit)
+    answer = reading.cut(final_answer(text))
     document = collect_boxes(answer, reading)
     if not reading.candidates:
         for read in (read_points, read_brackets):

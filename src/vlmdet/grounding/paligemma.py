@@ -58,6 +58,7 @@ def parse(text: str, view: View) -> Parsed:
     Output: `Parsed`. Several boxes before one name all get it.
     """
     reading = Reading(GRID, GRID)
+    text = reading.cut(text)
     for run in runs(text):
         label = name_of(run.after)
         if has_mask(run.after):

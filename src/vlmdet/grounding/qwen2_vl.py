@@ -65,11 +65,13 @@ def parse(text: str, view: View) -> Parsed:
     JSON or in brackets is taken from the same grid, with the problem `other_notation`.
     """
     reading = Reading(GRID, GRID)
+    text = reading.cut(text)
+    cut = list(reading.problems)
     read_points(text, reading)
     empty = False
     if not reading.candidates and not is_none_answer(text):
         for read in (collect_boxes, read_brackets) if _LOOKS_LIKE_JSON.search(text) else (read_brackets, collect_boxes):
-            other = Reading(GRID, GRID)
+            other = Reading(GRID, GRID, problems=list(cut))
             document = read(text, other)
             empty = empty or (document is not None and says_nothing(text, document))
             if other.candidates:

@@ -26,6 +26,9 @@ from vlmdet.grounding.codec import Parsed, ParseProblem, is_none_answer
 
 _DETAIL = 80
 
+LONGEST = 300_000
+"""Characters of an answer that are read: some 75,000 tokens. What comes after them is lost, and named `too_long`."""
+
 NUMBER = r"[-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?+\d{1,3}+)?+"
 """A number as models write it; possessive, so that a search stays linear."""
 
@@ -55,6 +58,12 @@ class Reading:
     def problem(self, kind: str, detail: str) -> None:
         """Write down a repair or a loss; `detail` is cut to 80 characters."""
         self.problems.append(ParseProblem(kind, detail[:_DETAIL]))
+
+    def cut(self, text: str) -> str:
+        """Return as much of an answer as is read, so that no text takes a parser longer than a second."""
+        if len(text) > LONGEST:
+            self.problem("too_long", f"{len(text) - LONGEST} characters are not read: {text[LONGEST : LONGEST + 20]}")
+        return text[:LONGEST]
 
     def points(self, points: Sequence[Sequence[float]], label: str | None, detail: str) -> None:
         """Take two opposite corners, or four corners of a quadrangle, each x, y on the grid."""
