@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test lint format clean distclean
+.PHONY: help setup demo test lint format notebooks clean distclean
 
 help:
 	@echo "make demo       base score, fine-tune, tuned score, pictures; minutes on a CPU"
 	@echo "make test       the whole test suite"
 	@echo "make lint       ruff, mypy, import-linter, codespell"
 	@echo "make format     let ruff rewrite the code"
+	@echo "make notebooks  make the .ipynb files anew from their scripts"
 	@echo "make setup      make $(VENV) with everything in it"
 	@echo "make clean      delete caches and builds; 'make distclean' deletes $(VENV) too; runs/ stays"
 
@@ -48,6 +49,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix --quiet
 	@$(BIN)/ruff format --quiet
+
+notebooks: $(STAMP)
+	@$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+	@$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
