@@ -259,3 +259,9 @@ def test_train_then_eval_and_predict_from_a_hostile_set(
     picture = source / "JPEGImages" / "0.jpg"
     assert main(["predict", str(picture), "--model", str(folder)]) == 0
     assert json.loads(capsys.readouterr().out)["id"] == str(picture)
+
+
+def test_a_reader_that_stops_early_is_no_traceback() -> None:
+    command = f"{sys.executable} -m vlmdet env --json | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
