@@ -1,6 +1,8 @@
 """The command line: one verb, one function; nothing heavy is imported before the verb is known.
 
 When: `vlmdet …` and `python -m vlmdet …`. A user's mistake is one line on stderr and exit code 2; a bug is a traceback.
+
+Long, because every verb's flags stand in one place, beside the few lines that pass them on.
 """
 
 from __future__ import annotations

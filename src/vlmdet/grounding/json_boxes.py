@@ -11,6 +11,8 @@ back on it. What counts as a box:
 
 Not a box: a point, eight numbers in one list that may be two boxes or a quadrangle, nine numbers of a box in space, numbers
 in percent or below 1 (another unit). Each is named in the problems.
+
+Long, because all spellings that models use stand in one place, and a rule for one of them is read against the others.
 """
 
 from __future__ import annotations
