@@ -104,7 +104,7 @@ class Questions(IterableDataset):
         return self.collate(rng, rows, width, height)
 
     def ask(self, rng: np.random.Generator, scene: Scene, hard: float, most: int, turns: int) -> list[Turn]:
-        """Choose at most `turns` questions with at most `most` boxes each; no answer repeats an earlier one."""
+        """Choose at most `turns` questions, mostly with at most `most` boxes each; no two ask for the same objects."""
         names = scene.names()
         present = sorted(set().union(*names))
         wanted = {name: [name in own for own in names] for name in present}
@@ -146,7 +146,7 @@ class Questions(IterableDataset):
                 before = "\n<|im_start|>user\n"
             ids.append(torch.tensor(row_ids))
             labels.append(torch.tensor(row_labels))
-        # oneDNN compiles its kernels for each shape, and a compilation costs more than a step: few lengths
+        # oneDNN compiles its kernels for each new shape, which costs about a step's time: few lengths
         longest = -(-max(len(row) for row in ids) // 32) * 32
         ids[0] = F.pad(ids[0], (0, longest - len(ids[0])), value=tokenizer.pad_token_id)
         pad = nn.utils.rnn.pad_sequence

@@ -30,9 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough; the interpreter's own flush at the end must not fail either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        try:
+            print(flush=True)  # fails where it is stdout that is closed
+        except BrokenPipeError:  # `| head` has read enough; the interpreter's own flush at the end must not fail either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        raise  # another pipe, such as a worker's: a bug
     except VlmdetError as error:
         print(f"vlmdet {args.verb}: {error}", file=sys.stderr)
         return 2

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from vlmdet.boxes import BoxFormat
+from vlmdet.data.dataset import NUTRITION_LABELS
 from vlmdet.data.synthetic import packages, shapes
-from vlmdet.data.synthetic.packages import CATEGORIES, LABEL, DrawnPackage, draw_package, write_drawn_set
+from vlmdet.data.synthetic.packages import LABEL, DrawnPackage, draw_package, write_drawn_set
 from vlmdet.errors import DataError
 
 PIXELS = BoxFormat("xyxy", "pixel")
@@ -174,7 +175,7 @@ def test_files_have_the_hub_schema(folder: Path, tmp_path: Path) -> None:
             assert len(row["meta"]["barcode"]) == 13
             objects = row["objects"]
             assert objects["category_name"] == [LABEL] * len(objects["bbox"])
-            assert objects["category_id"] == [CATEGORIES.index(LABEL)] * len(objects["bbox"])
+            assert objects["category_id"] == [NUTRITION_LABELS.index(LABEL)] * len(objects["bbox"])
             for y1, x1, y2, x2 in objects["bbox"]:
                 assert 0 <= y1 < y2 <= 1
                 assert 0 <= x1 < x2 <= 1

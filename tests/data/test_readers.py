@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from vlmdet.boxes import BoxFormat
+from vlmdet.data.dataset import NUTRITION_LABELS
 from vlmdet.data.readers import hub, open_dataset, voc
 from vlmdet.data.readers.values import safe_path
-from vlmdet.data.synthetic.packages import CATEGORIES, write_drawn_set
+from vlmdet.data.synthetic.packages import write_drawn_set
 from vlmdet.errors import ConfigError, DataError, ImageError
 from vlmdet.records import DetectionDataset, Problem, Sample
 
@@ -371,7 +372,7 @@ def test_drawn_set_comes_back(tmp_path: Path) -> None:
     for rows in dataset.splits.values():
         for sample in rows:
             assert sample.image.size == (sample.width, sample.height)
-            assert set(sample.labels) <= {CATEGORIES[0]}
+            assert set(sample.labels) <= {NUTRITION_LABELS[0]}
     assert {name: len(rows) for name, rows in open_dataset(str(folder), split="val").splits.items()} == {"val": 2}
 
 

@@ -55,6 +55,7 @@ NUTRITION_LABELS = (
     "nutrition-table-small",
     "nutrition-table-small-energy",
 )
+"""Names of that set by `category_id`; the drawn set has its schema, and uses the first."""
 
 system_message = SYSTEM_PROMPT
 

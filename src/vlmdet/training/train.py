@@ -77,16 +77,14 @@ def read_data(settings: Settings, say: Say) -> DetectionDataset:
     dataset = open_dataset(
         data.source, format=data.format, box_format=data.box_format, exif=data.exif, stream=data.stream
     )
-    for line in dataset.notes:
-        say(line)
     dataset = select(
         dataset, classes=data.classes or None, rename=data.rename or None, limit=data.limit, seed=data.seed
     )
     dataset, note = ensure_val(dataset, fraction=data.val_fraction, seed=data.seed)
+    for line in dict.fromkeys([*dataset.notes, note]):
+        say(line)
     counts = ", ".join(f"{name} {len(samples)}" for name, samples in dataset.splits.items())
     say(f"data: {data.source}: {counts} pictures; boxes read as {dataset.box_format} ({dataset.decided_by})")
-    if note:
-        say(note)
     if not dataset.splits.get("train"):
         raise DataError(f"{data.source}: no row in the split 'train'", f"there is: {counts or 'no split at all'}")
     if not dataset.labels:
@@ -281,7 +279,7 @@ def training_rows(prepared: Prepared) -> datasets.Dataset:
             partial(
                 augment_rows,
                 chances=chances,
-                asked=prepared.contract.labels,
+                asked=contract.labels,
                 codec=settings.model.codec,
                 box_order=settings.data.box_order,
                 view_of=view_of,

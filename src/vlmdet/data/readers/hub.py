@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmdet.boxes import BoxFormat
+from vlmdet.data.dataset import NUTRITION_LABELS, NUTRITION_TABLES
 from vlmdet.data.readers.objects import CLASS, Thing, box_field, read_objects
 from vlmdet.data.readers.rows import Rows
 from vlmdet.data.readers.values import SPLIT_NAMES, safe_path, side
-from vlmdet.data.synthetic.packages import CATEGORIES
 from vlmdet.errors import DataError, ImageError
 from vlmdet.records import DetectionDataset
 
-NUTRITION_TABLES = "openfoodfacts/nutrition-table-detection"
 _YXYX = BoxFormat("yxyx", "fraction")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _AT_ONCE = 1000
@@ -186,7 +185,7 @@ def _read(
             file, place = part.place(number)
             _read_row(rows, name, file, place, row, objects, part.picture(number), names)
     seen = [name for name in names.by_id if name in rows.labels]
-    declared = seen if seen and names.by_id is CATEGORIES else names.by_id  # that set seldom has all of its four
+    declared = seen if seen and names.by_id is NUTRITION_LABELS else names.by_id  # that set seldom has all of its four
     labels = [*declared, *sorted(set(rows.labels) - set(names.by_id))]
     return rows.finish(stated=stated, why=why, given=box_format, labels=labels, reads_heads=True)
 
@@ -304,8 +303,8 @@ def _names(features: Mapping[str, Any], opened: Mapping[str, _Split], objects: s
             for thing in read_objects(row.get("objects")) or []
             if thing.name
         }
-        if not written or written & set(CATEGORIES):
-            return _Names(CATEGORIES, CATEGORIES)
+        if not written or written & set(NUTRITION_LABELS):
+            return _Names(NUTRITION_LABELS, NUTRITION_LABELS)
     return _Names((), None)
 
 

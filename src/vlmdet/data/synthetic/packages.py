@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vlmdet.boxes import Boxes, BoxFormat
+from vlmdet.data.dataset import NUTRITION_LABELS
 from vlmdet.data.synthetic.primitives import (
     Color,
     add_noise,
@@ -45,8 +46,6 @@ from vlmdet.data.writers import parquet
 from vlmdet.errors import DataError
 
 LABEL = "nutrition-table"
-CATEGORIES = ("nutrition-table", "nutrition-table-text", "nutrition-table-small", "nutrition-table-small-energy")
-"""Names by `category_id`, as in openfoodfacts/nutrition-table-detection; the drawn set uses the first."""
 
 WORTH_PROCESSES = 1000
 """Rows from which on several processes draw: starting them takes a second or two."""
@@ -185,7 +184,7 @@ def _row(name: str, seed: np.random.SeedSequence) -> dict[str, Any]:
         },
         "objects": {
             "bbox": package.boxes.to_array(BoxFormat("yxyx", "fraction"), width, height).tolist(),
-            "category_id": [CATEGORIES.index(label) for label in package.labels],
+            "category_id": [NUTRITION_LABELS.index(label) for label in package.labels],
             "category_name": list(package.labels),
         },
     }
