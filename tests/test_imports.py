@@ -21,6 +21,7 @@ LIGHT = (
     "vlmdet.evaluation",
     "vlmdet.grounding",
     "vlmdet.images",
+    "vlmdet.models.stages",
     "vlmdet.records",
     "vlmdet.report",
     "vlmdet.runs",
