@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,120 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     template = (tiny.TINY_DIR / "chat_template.jinja").read_text(encoding="utf-8")
     tiny.build_processor(tokenizer, template).save_pretrained(folder)
     return folder
+
+
+FAMILY_SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen2_vl": {
+        "text_config": {},
+        "vision_config": {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14},
+    },
+    "qwen2_5_vl": {
+        "text_config": {},
+        "vision_config": {
+            "hidden_size": 64,
+            "out_hidden_size": 64,
+            "intermediate_size": 96,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+    },
+    "qwen3_vl": {
+        "text_config": {
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10.0,
+                "mrope_section": [4, 6, 6],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "hidden_size": 64,
+            "out_hidden_size": 64,
+            "intermediate_size": 96,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+    },
+}
+"""What differs between the tiny models of `family_base`; two vision blocks and two decoder layers each."""
+
+
+@pytest.fixture(scope="session")
+def family_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of an untrained base of about 0.3 M parameters by its `model_type`, a key of `FAMILY_SIZES`.
+
+    The architecture, the module names, the processor class and the chat template are the real ones; the tokenizer is the tiny
+    base's. Embeddings are tied, but for `qwen2_5_vl`.
+    """
+    folders: dict[str, Path] = {}
+
+    def folder_of(model_type: str) -> Path:
+        if model_type not in folders:
+            folders[model_type] = tmp_path_factory.mktemp(model_type)
+            _write_family(model_type, folders[model_type])
+        return folders[model_type]
+
+    return folder_of
+
+
+def _write_family(model_type: str, folder: Path) -> None:
+    import transformers
+
+    from vlmdet.models import tiny
+
+    tokenizer = tiny.build_tokenizer(
+        ["Detect every red sign in this image. If there is none, answer: none system user assistant bbox_2d label"] * 4,
+        vocab_size=1400,
+    )
+    kind, video, template = {
+        "qwen2_vl": ("Qwen2VL", "Qwen2VL", "qwen2_5_vl"),
+        "qwen2_5_vl": ("Qwen2_5_VL", "Qwen2VL", "qwen2_5_vl"),
+        "qwen3_vl": ("Qwen3VL", "Qwen3VL", "qwen3_vl"),
+    }[model_type]
+    sizes = FAMILY_SIZES[model_type]
+    tied = model_type != "qwen2_5_vl"
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]},
+        "bos_token_id": None,
+        "eos_token_id": end,
+        "pad_token_id": pad,
+    }
+    vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{word}|>")
+        for name, word in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text | sizes["text_config"],
+        vision_config=vision | sizes["vision_config"],
+        tie_word_embeddings=tied,
+        **ids,
+    )
+    transformers.set_seed(0)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, pad
+    model.save_pretrained(folder)
+    patch = sizes["vision_config"]["patch_size"]
+    processor = getattr(transformers, f"{kind}Processor")(
+        image_processor=transformers.Qwen2VLImageProcessor(patch_size=patch),
+        tokenizer=tokenizer,
+        video_processor=getattr(transformers, f"{video}VideoProcessor")(patch_size=patch),
+        chat_template=_package_file("trl", f"chat_templates/{template}.jinja").read_text(encoding="utf-8"),
+    )
+    processor.save_pretrained(folder)
