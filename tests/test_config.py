@@ -25,6 +25,7 @@ from vlmdet.config import (
     check,
     find_recipe,
     load_settings,
+    load_stages,
     to_yaml,
 )
 from vlmdet.data.augment import augment
@@ -32,7 +33,9 @@ from vlmdet.errors import ConfigError
 
 REPO = Path(__file__).parents[1]
 RECIPES = sorted((REPO / "configs").glob("*.yaml"))
-STAGES = {entry.name: entry.default_factory for entry in dataclasses.fields(Settings) if entry.name != "name"}
+STAGES = {
+    entry.name: entry.default_factory for entry in dataclasses.fields(Settings) if entry.name not in {"name", "stages"}
+}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -299,7 +302,7 @@ def test_yaml_of_the_defaults_names_every_field_and_loads_from_a_file(tmp_path: 
 
 
 def test_there_are_recipes() -> None:
-    assert "lora" in {path.stem for path in RECIPES}
+    assert "lora-light" in {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -316,8 +319,8 @@ def test_a_recipe_is_found_by_its_path_too(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_is_met_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"unknown recipe 'lorra'; did you mean 'lora'\?"):
-        find_recipe("lorra")
+    with pytest.raises(ConfigError, match=r"unknown recipe 'lora-ligt'; did you mean 'lora-light'\?"):
+        find_recipe("lora-ligt")
     with pytest.raises(ConfigError, match=r"there is no recipe file 'no/such\.yaml'"):
         find_recipe("no/such.yaml")
 
@@ -338,3 +341,57 @@ def test_augmentations_are_those_that_the_data_stage_knows() -> None:
     parameters = inspect.signature(augment).parameters.values()
     fields = {entry.name: entry.default for entry in parameters if entry.kind is entry.KEYWORD_ONLY}
     assert fields == {entry.name: entry.default for entry in dataclasses.fields(AugmentSettings)}
+
+
+# Stages
+
+
+def test_a_recipe_of_two_stages_gives_two_settings_that_share_its_own_keys(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: two\nstages: [lora-light, tiny]\ntraining: {seed: 7}\n")
+    first, second = load_stages(path, ["training.epochs=9"], {"data": {"source": "here"}, "name": "mine"})
+    assert (first.training.method, second.training.method) == ("lora", "full")
+    assert (first.training.epochs, second.training.epochs) == (9, 9)
+    assert (first.training.seed, second.training.seed) == (7, 7)
+    assert (first.name, second.name) == ("mine-1-lora-light", "mine")
+    assert first.data.source == second.data.source == "here"
+    assert not first.stages and not second.stages
+
+
+def test_a_recipe_without_stages_gives_one(tmp_path: Path) -> None:
+    (settings,) = load_stages(write(tmp_path, "name: one\n"), [], {"model": {"name": "here"}})
+    assert settings.name == "one" and settings.model.name == "here"
+
+
+def test_stages_of_stages_are_refused(tmp_path: Path) -> None:
+    inner = write(tmp_path, "name: inner\nstages: [tiny]\n")
+    outer = tmp_path / "outer.yaml"
+    outer.write_text(f"name: outer\nstages: ['{inner}']\n")
+    with pytest.raises(ConfigError, match="has stages itself"):
+        load_stages(outer)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.quantization=nf4", "training.method=full"], "4-bit weights cannot be trained"),
+        (["model.quantization=nf4", "training.method=full", "training.areas=[language]"], "4-bit weights"),
+        (["model.quantize_vision=true"], "set model.quantization=nf4 too"),
+        (["training.areas=[vision]"], "an adapter names its lora.targets"),
+        (["lora.ranks.vision.attn=8"], "none of lora.targets"),
+        (["lora.ranks.language.attn=0"], "give at least 1"),
+        (
+            ["training.optimizer=muon", "training.method=full", "training.vision_learning_rate=1e-3"],
+            "muon has one rate",
+        ),
+        (["training.cache_features=true", "augment.crop=0.5"], "augmentation makes a new picture"),
+        (["training.report_to=[wandbb]"], "did you mean 'wandb'"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_settings(None, overrides)
+
+
+def test_a_rank_of_one_role_is_set_by_its_dotted_name() -> None:
+    settings = load_settings(None, ["lora.targets=[language.attn, vision.attn]", "lora.ranks.vision.attn=8"])
+    assert settings.lora.ranks == {"vision.attn": 8}

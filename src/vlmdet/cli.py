@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         [
             "vlmdet train FOLDER --recipe tiny",
             'vlmdet train bccd --recipe tiny --classes WBC --rename WBC="white blood cell"',
-            "vlmdet train FOLDER --recipe lora --model Qwen/Qwen2-VL-2B-Instruct training.epochs=5",
+            "vlmdet train FOLDER --recipe r4-joint --model Qwen/Qwen2-VL-2B-Instruct training.epochs=5",
         ],
     )  # fmt: skip
     train.add_argument("source", metavar="SOURCE", help="a folder, a file, or the id of a hub data set")
@@ -240,16 +240,17 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from vlmdet.config import check, find_recipe, load_settings
+    from vlmdet.config import check, find_recipe, load_stages
 
-    base = load_settings(find_recipe(args.recipe))
     flags: dict[str, Any] = {"data": {"source": args.source, **_reading(args), **_selection(args)}}
     if args.max_problems is not None:
         flags["data"]["max_problems"] = args.max_problems
     if args.model:
         flags["model"] = {"name": args.model}
+        if args.model == "tiny":  # a recipe's limits are those of large models; the embedded base brings its own
+            flags["model"] |= {"min_pixels": None, "max_pixels": None}
     flags["name"] = args.name or Path(args.source).resolve().name.replace(" ", "-")
-    settings = load_settings(None, args.overrides, base=merge(base, flags))
+    (settings,) = load_stages(find_recipe(args.recipe), args.overrides, flags)
     check(settings, needs_data=True)
 
     from vlmdet.training.train import prepare, train
@@ -429,15 +430,3 @@ def _env(args: argparse.Namespace) -> None:
 
     found = describe_environment()
     print(json.dumps(found) if args.json else format_environment(found))
-
-
-def merge(base: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    """Lay nested changes over settings; returns a plain mapping that `load_settings` takes as `base`."""
-    import yaml
-
-    from vlmdet.config import to_yaml
-
-    plain: dict[str, Any] = yaml.safe_load(to_yaml(base))
-    for key, value in changes.items():
-        plain[key] = {**plain[key], **value} if isinstance(value, dict) else value
-    return plain

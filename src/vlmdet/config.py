@@ -90,9 +90,16 @@ class ModelSettings:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """`sdpa` is fast everywhere; `flash_attention_2` needs its own package and a GPU; `eager` is slow, to debug."""
 
-    codec: str = "qwen2_vl"
-    """How boxes are written as text: `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `paligemma`, `florence2`, `internvl`,
-    `plain_json`. With another than the base was trained on, training starts from nothing."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4` keeps the frozen weights of the language model in 4 bits: a quarter of the memory, somewhat slower, a little
+    worse. An adapter trained on it fits the unquantised base too; `vlmdet merge` says how well."""
+
+    quantize_vision: bool = False
+    """Quantise the vision tower as well. It is small, so little is won, and boxes suffer."""
+
+    codec: str = "auto"
+    """How boxes are written as text: `auto` is the family's own; else `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `paligemma`,
+    `florence2`, `internvl`, `plain_json`. With another than the base was trained on, training starts from nothing."""
 
     min_pixels: int | None = None
     """Smaller pictures are enlarged to this. None: the limit of the base."""
@@ -116,7 +123,17 @@ class LoraSettings:
     """Higher resists overfitting on few pictures, and slows learning."""
 
     targets: tuple[str, ...] = ("language.attn", "language.mlp")
-    """Areas of the model that get an adapter. Vision areas help on pictures unlike photographs, and cost memory."""
+    """Roles that get an adapter: `language.attn`, `language.mlp`, `vision.attn`, `vision.mlp`, `merger`, `deepstack`; or
+    patterns over module names. Vision roles help on pictures unlike photographs, and cost memory."""
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Another rank for some of the targets, such as `{vision.attn: 8}`. A tower that has little to learn needs less."""
+
+    dora: bool = False
+    """Learn the length of each weight row apart from its direction. Better at small ranks, slower by a fifth or more."""
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank, so that high ranks still move. Lower alpha with it."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,10 @@ class TrainingSettings:
 
     method: Literal["lora", "full"] = "lora"
     """`lora` trains a small adapter; `full` trains every weight, and keeps a gradient and two moments for each."""
+
+    areas: tuple[str, ...] = ()
+    """Of a full fine-tune, the areas that train: `vision`, `merger`, `deepstack`, `language`, `embeddings`, `head`. Empty:
+    all. What is left out keeps its weights, and needs no gradient and no moments."""
 
     collator: Literal["v1", "v2", "v3"] = "v3"
     """Where loss is taken. `v3`: answer and end token, verified. `v1` (all text), `v2` (marker search): to compare."""
@@ -148,6 +169,12 @@ class TrainingSettings:
     learning_rate: float = 1e-4
     """Peak rate. About 1e-4 for LoRA, 1e-5 for a full fine-tune of a large model; too high, and the loss jumps."""
 
+    vision_learning_rate: float | None = None
+    """Peak rate of the vision tower, where it trains. None: `learning_rate`. A tenth of it keeps what the tower knows."""
+
+    merger_learning_rate: float | None = None
+    """Peak rate of merger and deepstack mergers, where they train. None: `learning_rate`. They bear more than the tower."""
+
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """How the rate falls after warm-up. The constant ones end noisier, and can be continued."""
 
@@ -160,8 +187,14 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     """Longer gradients are cut to this norm. 0 leaves them as they are."""
 
+    neftune_alpha: float = 0.0
+    """Noise on the embedded tokens while training (NEFTune); 5 is usual. Resists learning few answers by heart. 0: off."""
+
     gradient_checkpointing: bool = False
     """Saves most of the activation memory for about a third more time."""
+
+    max_tokens: int | None = None
+    """Rows of more tokens are refused before the run; nothing is ever cut. None: what the model can read."""
 
     eval_every: int = 0
     """Optimiser steps between two evaluations that generate and score answers. 0: only after the last step."""
@@ -169,11 +202,37 @@ class TrainingSettings:
     eval_rows: int = 64
     """Validation rows in each of them. Fewer is faster, and chooses the best checkpoint less surely."""
 
+    save_every: int = 0
+    """Optimiser steps between two checkpoints from which a stopped run goes on. 0: one after each evaluation. What lies
+    between the last one and a crash is trained again; each costs the size of the trained weights three times over."""
+
+    overfit_gate: bool = True
+    """Before a run of over a hundred steps, learn four rows by heart and generate them back; what cannot do that will not
+    learn the rest. Costs seconds on a small base, minutes on a large one; the weights are put back after it."""
+
     sample_rows: int = 8
     """Validation pictures drawn with truth and prediction at each of them. 0: none."""
 
     loader_workers: int = 0
     """Processes that prepare batches. 0 prepares in the main process: right on few cores."""
+
+    cache_pictures: bool = False
+    """Keep each picture on disk at the size the model sees, after its first use. Same loss, less time where photographs are
+    large; not with augmentation, which makes a new picture each time."""
+
+    cache_features: bool = False
+    """Keep what a frozen vision tower makes of each picture on disk, and run it once. Same loss; only where vision and
+    merger are frozen and nothing is augmented."""
+
+    group_by_length: bool = False
+    """Put rows of like length into a batch: less padding, but another order of the rows."""
+
+    distributed: Literal["auto", "none", "ddp", "fsdp", "deepspeed"] = "auto"
+    """How several processes share the work; the run stops where accelerate does otherwise. `auto`: as it was launched."""
+
+    report_to: tuple[str, ...] = ("auto",)
+    """Trackers: `tensorboard`, `trackio`, `wandb`, `mlflow`; `auto` is tensorboard where it is installed. The log files are
+    complete without any."""
 
     seed: int = 0
     """Order of the rows, new weights and augmentation. Try several seeds before believing a small difference."""
@@ -235,6 +294,10 @@ class Settings:
     name: str = "run"
     """The run's folder is `runs/<name>/<number>`."""
 
+    stages: tuple[str, ...] = ()
+    """Recipes to train one after another, each on the result of the one before and as a run of its own. The other keys of
+    such a recipe are laid over each of them."""
+
 
 def load_settings(
     path: Path | None, overrides: Sequence[str] = (), base: Settings | Mapping[str, Any] | None = None
@@ -259,6 +322,45 @@ def load_settings(
         settings = _apply_override(settings, override)
     check(settings)
     return settings
+
+
+def load_stages(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> list[Settings]:
+    """Read the settings of a recipe, one for each of its stages; most recipes have one.
+
+    When: once per command.
+
+    Input: `path` of a recipe; `flags`, nested settings that a command line gave, laid over the recipe; `overrides`, over both.
+    Output: settings without `stages`. Of several stages all but the last are named `NAME-1-RECIPE`, `NAME-2-RECIPE`, …; each
+    but the first trains on the result of the one before, which whoever runs them fills in as `model.name`.
+
+    Raises:
+        ConfigError: as `load_settings`; or a stage has stages itself.
+    """
+    whole = load_settings(path)
+    if not whole.stages:
+        return [load_settings(None, overrides, base=lay_over(_as_plain(whole), flags or {}))]
+    common = {key: value for key, value in _read_yaml(path).items() if key != "stages"}
+    result = []
+    for number, recipe in enumerate(whole.stages, 1):
+        stage = load_settings(find_recipe(recipe))
+        if stage.stages:
+            raise ConfigError(f"{path}: the stage '{recipe}' has stages itself", "name its stages instead")
+        plain = lay_over(lay_over(_as_plain(stage), common), flags or {})
+        settings = load_settings(None, overrides, base=plain)
+        last = number == len(whole.stages)
+        result.append(
+            settings if last else dataclasses.replace(settings, name=f"{settings.name}-{number}-{stage.name}")
+        )
+    return result
+
+
+def lay_over(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay nested changes over plain settings, section by section; neither is changed."""
+    result = dict(plain)
+    for key, value in changes.items():
+        section = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = {**result[key], **value} if section else value
+    return result
 
 
 def to_yaml(settings: Settings) -> str:
@@ -343,12 +445,55 @@ def _limits(settings: Settings, *, needs_data: bool) -> Iterator[tuple[str, Any,
         yield "lora.rank", lora.rank, lora.rank >= 1, way_out
         yield "lora.alpha", lora.alpha, lora.alpha >= 1, "give at least 1: at 0 the adapter does nothing"
         yield "lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "give a probability from 0 to below 1"
+        for target, rank in lora.ranks.items():
+            named = target in lora.targets
+            yield (
+                f"lora.ranks.{target}",
+                rank,
+                named,
+                f"it is none of lora.targets ({did_you_mean(target, lora.targets)})",
+            )
+            yield f"lora.ranks.{target}", rank, rank >= 1, "give at least 1, or take it out of lora.targets"
         yield (
             "lora.targets",
             lora.targets,
             bool(lora.targets),
             "name an area such as language.attn: none trains nothing",
         )
+
+        yield (
+            "training.areas",
+            training.areas,
+            not training.areas,
+            "an adapter names its lora.targets; or use method=full",
+        )
+    elif model.quantization != "none":
+        unquantised = {"vision", "merger", "deepstack"} if not model.quantize_vision else set()
+        good = bool(training.areas) and set(training.areas) <= unquantised
+        way_out = "4-bit weights cannot be trained: use training.method=lora, or training.areas that stay unquantised"
+        yield "model.quantization", model.quantization, good, way_out
+    good = model.quantization != "none" or not model.quantize_vision
+    yield "model.quantize_vision", model.quantize_vision, good, "set model.quantization=nf4 too"
+    for key in ("vision_learning_rate", "merger_learning_rate"):
+        rate = getattr(training, key)
+        yield f"training.{key}", rate, rate is None or rate > 0, "give more than 0; to freeze an area, do not train it"
+        good = rate is None or training.optimizer == "adamw"
+        yield f"training.{key}", rate, good, "muon has one rate: set training.optimizer=adamw"
+    still = not any(dataclasses.astuple(settings.augment))
+    for key in ("cache_pictures", "cache_features"):
+        way_out = "augmentation makes a new picture each time: switch one of them off"
+        yield f"training.{key}", True, still or not getattr(training, key), way_out
+    known = ("auto", "tensorboard", "trackio", "wandb", "mlflow")
+    for tracker in training.report_to:
+        yield "training.report_to", tracker, tracker in known, did_you_mean(tracker, known)
+    yield (
+        "training.neftune_alpha",
+        training.neftune_alpha,
+        training.neftune_alpha >= 0,
+        "give 0 (off) or more, such as 5",
+    )
+    good = training.max_tokens is None or training.max_tokens >= 1
+    yield "training.max_tokens", training.max_tokens, good, "give at least 1, or null for what the model can read"
 
     way_out = "give more than 0, or set training.max_steps; to score without training, use `vlmdet eval`"
     yield "training.epochs", training.epochs, training.epochs > 0, way_out
@@ -372,6 +517,7 @@ def _limits(settings: Settings, *, needs_data: bool) -> Iterator[tuple[str, Any,
     for stage, key, least in (
         ("training", "batch_size", 1), ("training", "gradient_accumulation", 1), ("training", "eval_every", 0),
         ("training", "eval_rows", 1), ("training", "sample_rows", 0), ("training", "loader_workers", 0),
+        ("training", "save_every", 0),
         ("evaluation", "batch_size", 1), ("evaluation", "max_new_tokens", 1), ("evaluation", "resamples", 1),
     ):  # fmt: skip
         number = getattr(getattr(settings, stage), key)
@@ -447,9 +593,9 @@ def _apply_override(settings: Settings, override: str) -> Settings:
     hint: Any = Settings
     for depth, part in enumerate(parts):
         if not dataclasses.is_dataclass(hint):
-            if hint == dict[str, str]:  # a class name may hold dots itself
+            if get_origin(hint) is dict:  # a class name or a role may hold dots itself
                 stage, name, key = getattr(settings, parts[0]), parts[depth - 1], ".".join(parts[depth:])
-                entry = {**getattr(stage, name), key: _override_value(text, str, dotted)}
+                entry = {**getattr(stage, name), key: _override_value(text, get_args(hint)[1], dotted)}
                 return _bind(settings, {parts[0]: {name: entry}}, where="")
             raise ConfigError(f"'{'.'.join(parts[:depth])}' has no keys below it", f"write {'.'.join(parts[:depth])}=…")
         hint = _field_type(hint, part, prefix="".join(f"{parent}." for parent in parts[:depth]), where="")
@@ -536,6 +682,13 @@ def _as_renames(value: Any) -> tuple[bool, Any]:
     return good, dict(value) if good else value
 
 
+def _as_ranks(value: Any) -> tuple[bool, Any]:
+    good = isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(rank, int) and not isinstance(rank, bool) for name, rank in value.items()
+    )
+    return good, dict(value) if good else value
+
+
 _READERS: dict[Any, Callable[[Any], tuple[bool, Any]]] = {
     str: lambda value: (isinstance(value, str), value),
     bool: lambda value: (isinstance(value, bool), value),
@@ -544,6 +697,7 @@ _READERS: dict[Any, Callable[[Any], tuple[bool, Any]]] = {
     type(None): lambda value: (value is None, value),
     tuple[str, ...]: _as_names,
     dict[str, str]: _as_renames,
+    dict[str, int]: _as_ranks,
 }
 """How a plain YAML value becomes a field's type: whether it can, and the value."""
 
@@ -554,6 +708,7 @@ _WORDS = {
     float: "a number",
     type(None): "null",
     tuple[str, ...]: "a list of texts such as [a, b] (quote what looks like a number or like yes or no)",
+    dict[str, int]: "texts to whole numbers such as {vision.attn: 8}",
     dict[str, str]: "texts to texts such as {a: b} (quote what looks like a number or like yes or no)",
 }
 

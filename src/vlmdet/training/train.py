@@ -2,7 +2,7 @@
 
 When: PER RUN.
 
-    vlmdet train SOURCE --recipe lora --model Qwen/Qwen2-VL-2B-Instruct training.epochs=5
+    vlmdet train SOURCE --recipe r4-joint --model Qwen/Qwen2-VL-2B-Instruct training.epochs=5
 
 `prepare` reads the data, loads the base and writes the contract; `train` runs TRL's `SFTTrainer` with our collator. They
 are two steps so that a caller can score the untuned base between them, under the very contract of the run.
@@ -128,7 +128,7 @@ def prepare(settings: Settings, *, command: str = "", say: Say = print) -> Prepa
     contract = make_contract(
         base,
         labels=dataset.labels,
-        codec=model.codec,
+        codec="qwen2_vl" if model.codec == "auto" else model.codec,
         box_order=settings.data.box_order,
         max_new_tokens=settings.evaluation.max_new_tokens,
         data_fingerprint=fingerprint_rows(dataset),
@@ -269,7 +269,7 @@ def training_rows(prepared: Prepared) -> datasets.Dataset:
     rows = build_rows(
         prepared.dataset.splits["train"],
         labels=contract.labels,
-        codec=settings.model.codec,
+        codec=contract.codec,
         box_order=settings.data.box_order,
         view_of=view_of,
     )
@@ -280,7 +280,7 @@ def training_rows(prepared: Prepared) -> datasets.Dataset:
                 augment_rows,
                 chances=chances,
                 asked=contract.labels,
-                codec=settings.model.codec,
+                codec=contract.codec,
                 box_order=settings.data.box_order,
                 view_of=view_of,
             )
