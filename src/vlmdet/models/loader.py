@@ -26,6 +26,7 @@ from vlmdet.errors import ModelError
 from vlmdet.grounding import get_codec
 from vlmdet.grounding.codec import escape_label
 from vlmdet.grounding.prompts import SYSTEM_PROMPT, build_user_prompt
+from vlmdet.models.families import codec_of
 from vlmdet.models.lora import refuse_zero_adapter
 from vlmdet.models.tiny import TINY_DIR
 from vlmdet.runs import find_run
@@ -163,7 +164,7 @@ def make_contract(
     loaded: Loaded,
     *,
     labels: Sequence[str],
-    codec: str,
+    codec: str = "auto",
     box_order: str,
     max_new_tokens: int,
     data_fingerprint: str,
@@ -172,7 +173,8 @@ def make_contract(
 
     When: once when training is prepared, and again at every later use, to be compared with what was written then.
 
-    Input: a loaded model; `labels` that are asked for; the rest as it goes into the contract.
+    Input: a loaded model; `labels` that are asked for; `codec`, `auto` for the family's own; the rest as it goes into the
+    contract.
     """
     processor = loaded.processor
     return Contract(
@@ -180,8 +182,8 @@ def make_contract(
         system_prompt=SYSTEM_PROMPT,
         user_prompt=build_user_prompt([escape_label(label) for label in labels]),
         template_sha256=hashlib.sha256(processor.chat_template.encode()).hexdigest(),
-        codec=codec,
-        codec_version=get_codec(codec).VERSION,
+        codec=codec_of(loaded.model, codec),
+        codec_version=get_codec(codec_of(loaded.model, codec)).VERSION,
         min_pixels=processor.image_processor.size["shortest_edge"],
         max_pixels=processor.image_processor.size["longest_edge"],
         size_factor=processor.image_processor.patch_size * processor.image_processor.merge_size,
