@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +39,15 @@ END_TOKEN = "<|im_end|>"
 """Ends every turn; the last token that is learnt. The newline after it belongs to the template."""
 
 PaddingSide = Literal["right", "left"]
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """Stands for a picture whose features are known (`training.vision_cache`): of it, only the grid of patches is needed."""
+
+    frames: int
+    rows: int
+    columns: int
 
 
 class _Segment(NamedTuple):
@@ -113,7 +123,9 @@ def _is_slot(part: Mapping[str, Any]) -> bool:
     return (isinstance(image, str) and image == IMAGE_PLACEHOLDER) or (part.get("type") == "image" and image is None)
 
 
-def _open(image: Any, name: str) -> Image.Image:
+def _open(image: Any, name: str) -> Image.Image | EncodedPicture:
+    if isinstance(image, EncodedPicture):
+        return image
     if isinstance(image, Image.Image):
         return to_upright_rgb(image)
     if isinstance(image, dict):
@@ -123,7 +135,7 @@ def _open(image: Any, name: str) -> Image.Image:
     raise DataError(f"{name}: the picture is a {type(image).__name__}", "give a PIL image, a path or {'path', 'bytes'}")
 
 
-def _pictures(messages: Messages) -> list[Image.Image]:
+def _pictures(messages: Messages) -> list[Any]:
     return [part["image"] for message in messages for part in _parts(message) if "image" in part]
 
 
@@ -216,7 +228,7 @@ def _plan(processor: Any, image: Image.Image, name: str, *, min_pixels: int, max
 
 
 def _process_pictures(
-    processor: Any, pictures: Sequence[Sequence[Image.Image]], names: Sequence[str], *, min_pixels: int, max_pixels: int
+    processor: Any, pictures: Sequence[Sequence[Any]], names: Sequence[str], *, min_pixels: int, max_pixels: int
 ) -> dict[str, torch.Tensor]:
     """Resize and cut up the pictures of a batch, once, and check the sizes against the plan.
 
@@ -229,6 +241,8 @@ def _process_pictures(
     flat = [(image, name) for row, name in zip(pictures, names, strict=True) for image in row]
     if not flat:
         return {}
+    if all(isinstance(image, EncodedPicture) for image, _ in flat):
+        return {"image_grid_thw": torch.tensor([astuple(image) for image, _ in flat])}
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     views = [_plan(processor, image, name, **limits) for image, name in flat]
     made = processor.image_processor([image for image, _ in flat], size=_size(**limits), return_tensors="pt")
@@ -244,13 +258,21 @@ def _process_pictures(
     return {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
 
 
+def _as_image(processor: Any, picture: Image.Image | EncodedPicture) -> Image.Image:
+    """Return a picture as it is; for one of which only the grid is known, a black one of that size."""
+    if isinstance(picture, EncodedPicture):
+        patch = processor.image_processor.patch_size
+        return Image.new("RGB", (picture.columns * patch, picture.rows * patch))
+    return picture
+
+
 # ---- ids ------------------------------------------------------------------------------------------------------------
 
 
 def _collate(
     processor: Any,
     rows: Sequence[Sequence[_Segment]],
-    pictures: Sequence[Sequence[Image.Image]],
+    pictures: Sequence[Sequence[Any]],
     names: Sequence[str],
     *,
     min_pixels: int,
@@ -502,13 +524,13 @@ class Qwen2VLCollatorV3:
         self,
         batch: BatchFeature,
         messages_list: Sequence[Messages],
-        pictures: Sequence[Sequence[Image.Image]],
+        pictures: Sequence[Sequence[Any]],
         names: Sequence[str],
     ) -> None:
         """Compare with what the processor makes of the whole text."""
         expected = self.processor(
             text=[_render(self.processor, messages) for messages in messages_list],
-            images=[image for row in pictures for image in row] or None,
+            images=[_as_image(self.processor, image) for row in pictures for image in row] or None,
             size=_size(self.min_pixels, self.max_pixels),
             padding=True,
             padding_side=self.padding_side,
