@@ -267,3 +267,194 @@ def _write_family(model_type: str, folder: Path) -> None:
         chat_template=_package_file("trl", f"chat_templates/{template}.jinja").read_text(encoding="utf-8"),
     )
     processor.save_pretrained(folder)
+
+
+# ---- untrained bases of the families beside Qwen-VL ---------------------------------------------------------------------
+
+OTHER_FAMILIES = ("paligemma", "florence2", "internvl", "idefics3")
+_CHAT_ML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<IMG_CONTEXT>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_ROLES = (  # a blank between the role and an answer, as Idefics3's own template has it
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% if message['content'][0]['type'] == 'text' %} {% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of an untrained base of at most 0.4 M parameters by its `model_type`, one of `OTHER_FAMILIES`.
+
+    The architecture, the module names, the processor class and the control tokens are the real ones, the chat templates like
+    the real ones; the tokenizer is the tiny base's with the family's control tokens. Pictures are seen at 56 x 56 (64 x 64 by
+    Florence-2).
+    """
+    folders: dict[str, Path] = {}
+
+    def folder_of(model_type: str) -> Path:
+        if model_type not in folders:
+            folders[model_type] = tmp_path_factory.mktemp(model_type)
+            _write_other_family(model_type, folders[model_type])
+        return folders[model_type]
+
+    return folder_of
+
+
+def _other_tokenizer(begin: str, end: str, pad: str, control: list[str], **named: str) -> Any:
+    """Make the tiny base's tokenizer with a family's control tokens; `named` ones become its attributes."""
+    from transformers import PreTrainedTokenizerFast
+
+    from vlmdet.models import tiny
+
+    words = "Detect every red sign in this image. If there is none, answer: none system user assistant bbox label "
+    backend = tiny.build_tokenizer([words + "Locate the phrases in the caption: cup. plate"] * 4, vocab_size=1350)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend.backend_tokenizer,
+        bos_token=begin,
+        eos_token=end,
+        pad_token=pad,
+        extra_special_tokens=named,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens(control, special_tokens=True)
+    return tokenizer
+
+
+def _write_other_family(model_type: str, folder: Path) -> None:
+    import transformers
+
+    transformers.set_seed(0)
+    model, processor = {
+        "paligemma": _paligemma,
+        "florence2": _florence2,
+        "internvl": _internvl,
+        "idefics3": _idefics3,
+    }[model_type]()
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _ids(tokenizer: Any) -> dict[str, Any]:
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return ids | {"vocab_size": len(tokenizer)}
+
+
+def _paligemma() -> tuple[Any, Any]:
+    import transformers
+
+    images = transformers.SiglipImageProcessor(size={"height": 56, "width": 56})
+    images.image_seq_length = 16
+    processor = transformers.PaliGemmaProcessor(images, _other_tokenizer("<bos>", "<eos>", "<pad>", []))
+    config = transformers.PaliGemmaConfig(
+        text_config=_TEXT | _ids(processor.tokenizer) | {"model_type": "gemma"},
+        vision_config=_VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        projection_dim=64,
+        image_token_id=processor.image_token_id,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config), processor
+
+
+def _florence2() -> tuple[Any, Any]:
+    import transformers
+
+    images = transformers.CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False)
+    images.image_seq_length = 5  # 2 x 2 places and their mean
+    control = [f"<loc_{number}>" for number in range(1000)]
+    tokenizer = _other_tokenizer("<s>", "</s>", "<pad>", control, image_token="<image>")
+    config = transformers.Florence2Config(
+        text_config=_ids(tokenizer)
+        | {
+            "model_type": "bart",
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+            "max_position_embeddings": 256,
+            "decoder_start_token_id": tokenizer.eos_token_id,
+            "forced_eos_token_id": None,
+        },
+        vision_config={
+            "depths": (1, 1, 1, 1),
+            "embed_dim": (16, 16, 16, 32),
+            "num_heads": (2, 2, 2, 2),
+            "num_groups": (2, 2, 2, 2),
+            "window_size": 4,
+            "drop_path_rate": 0.0,
+            "projection_dim": 64,
+        },
+        image_token_id=tokenizer.image_token_id,
+    )
+    return transformers.Florence2ForConditionalGeneration(config), transformers.Florence2Processor(images, tokenizer)
+
+
+def _internvl() -> tuple[Any, Any]:
+    import transformers
+
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    control = ["<ref>", "</ref>", "<box>", "</box>"]
+    tokenizer = _other_tokenizer("<|endoftext|>", "<|im_end|>", "<|endoftext|>", control, **named)
+    config = transformers.InternVLConfig(
+        text_config=_TEXT | _ids(tokenizer) | {"model_type": "qwen2", "bos_token_id": None},
+        vision_config=_VISION | {"image_size": (56, 56), "patch_size": (14, 14)},
+        image_token_id=tokenizer.context_image_token_id,
+        downsample_ratio=0.5,
+    )
+    processor = transformers.InternVLProcessor(
+        transformers.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True),
+        tokenizer,
+        transformers.InternVLVideoProcessor(size={"height": 56, "width": 56}),
+        image_seq_length=4,
+        chat_template=_CHAT_ML,
+    )
+    return transformers.InternVLForConditionalGeneration(config), processor
+
+
+def _idefics3() -> tuple[Any, Any]:
+    import transformers
+
+    control = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"]
+    control += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    tokenizer = _other_tokenizer("<|im_start|>", "<end_of_utterance>", "<|im_end|>", control)
+    config = transformers.Idefics3Config(
+        text_config=_TEXT | _ids(tokenizer) | {"model_type": "llama"},
+        vision_config=_VISION,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    images = transformers.Idefics3ImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    processor = transformers.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=_ROLES)
+    return transformers.Idefics3ForConditionalGeneration(config), processor

@@ -32,6 +32,7 @@ LIGHT = (
 HEAVY_WITHIN = (
     "vlmdet.data.augment",
     "vlmdet.data.collators",
+    "vlmdet.data.collators_other",
     "vlmdet.evaluation.evaluate",
     "vlmdet.evaluation.predict",
 )
