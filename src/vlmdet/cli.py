@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmdet.errors import ConfigError, VlmdetError
+from vlmdet.errors import ConfigError, Stopped, VlmdetError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VlmdetError as error:
         print(f"vlmdet {args.verb}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"vlmdet {args.verb}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print(f"vlmdet {args.verb}: stopped", file=sys.stderr)
         return 130
@@ -91,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="tiny", help="name or file of a recipe (default: tiny)")
     train.add_argument("--model", help="tiny, a hub id, or a folder of weights")
     train.add_argument("--name", help="the run's folder is runs/NAME/NNN")
+    train.add_argument("--new", action="store_true", help="start another run where an equal one was stopped")
     _add_selection(train)
     train.add_argument("--max-problems", type=float, metavar="SHARE", help="share of broken rows above which to stop")
     _add_overrides(train)
@@ -140,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         verbs, "eval", _eval, "score a run on a split, and its untuned base with --base",
         ["vlmdet eval runs/demo --base", "vlmdet eval runs/demo --split val", "vlmdet eval runs/demo --json"],
     )  # fmt: skip
-    evaluation.add_argument("run_name", metavar="RUN", help="runs/NAME, or runs/NAME/NNN")
+    evaluation.add_argument("run_name", metavar="RUN", help="runs/NAME, runs/NAME/NNN, or what vlmdet merge wrote")
     evaluation.add_argument("--split", default=None, help="default: the run's evaluation.split")
     evaluation.add_argument("--base", action="store_true", help="score the untuned base too, under the same contract")
     evaluation.add_argument("--limit", type=int, help="score this many pictures only")
@@ -160,6 +164,21 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the drawn pictures")
     predict.add_argument("--min-pixels", type=int, help="for a base other than tiny")
     predict.add_argument("--max-pixels", type=int, help="for a base other than tiny")
+
+    merging = _verb(
+        verbs, "merge", _merge, "add a run's adapter into its base's weights, verified, for plain transformers",
+        ["vlmdet merge runs/demo", "vlmdet merge runs/demo --dtype bfloat16 --out served/", "vlmdet merge runs/demo --json"],
+    )  # fmt: skip
+    merging.add_argument("run_name", metavar="RUN", help="runs/NAME, or runs/NAME/NNN")
+    merging.add_argument("--out", type=Path, metavar="FOLDER", help="absent or empty (default: RUN/merged)")
+    merging.add_argument(
+        "--dtype",
+        default="auto",
+        help="of the written weights: float32 (exact), bfloat16 or float16 (half the size, rounded; the effect is "
+        "measured); auto: what the base has on disk, float32 for tiny",
+    )
+    merging.add_argument("--skip-eval", action="store_true", help="do not score against the 4-bit base of the training")
+    _add_json(merging)
 
     environment = _verb(
         verbs, "env", _env, "what to paste into an issue", ["vlmdet env", "vlmdet env --json", "vlmdet env > env.txt"]
@@ -210,6 +229,10 @@ def _say(args: argparse.Namespace) -> Callable[[str], None]:
     return say
 
 
+def _say_nothing(text: str) -> None:
+    """Print nothing: one process of several speaks."""
+
+
 def _selection(args: argparse.Namespace) -> dict[str, Any]:
     """Turn --classes, --rename and --limit into settings."""
     data: dict[str, Any] = {}
@@ -250,18 +273,20 @@ def _train(args: argparse.Namespace) -> None:
         if args.model == "tiny":  # a recipe's limits are those of large models; the embedded base brings its own
             flags["model"] |= {"min_pixels": None, "max_pixels": None}
     flags["name"] = args.name or Path(args.source).resolve().name.replace(" ", "-")
-    (settings,) = load_stages(find_recipe(args.recipe), args.overrides, flags)
-    check(settings, needs_data=True)
+    stages = load_stages(find_recipe(args.recipe), args.overrides, flags)
+    for settings in stages:
+        check(settings, needs_data=True)
 
-    from vlmdet.training.train import prepare, train
+    from vlmdet.training.processes import is_main
+    from vlmdet.training.train import train_stages
 
-    say = _say(args)
-    prepared = prepare(settings, command=shlex.join(["vlmdet", *sys.argv[1:]]), say=say)
-    folder = train(prepared, say=say)
+    say = _say(args) if is_main() else _say_nothing
+    command = shlex.join(["vlmdet", *sys.argv[1:]])
+    folder, prepared = train_stages(stages, command=command, new=args.new, say=say)
     split = settings.evaluation.split
     say(f"next:\n  vlmdet eval {folder} --base" + ("" if split in prepared.dataset.splits else " --split val"))
     say(f"  vlmdet predict PICTURE.jpg --model {folder}")
-    if args.json:
+    if args.json and is_main():
         print(json.dumps({"run": str(folder)}))
 
 
@@ -322,7 +347,9 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _eval(args: argparse.Namespace) -> None:
     from vlmdet.runs import need_run
 
-    folder = need_run(args.run_name)
+    folder = Path(args.run_name)
+    if not (folder / "merge.json").is_file():  # merged weights bring settings and contract like a run
+        folder = need_run(args.run_name)
 
     from vlmdet.config import load_settings
     from vlmdet.contract import Contract
@@ -423,6 +450,16 @@ def _predict(args: argparse.Namespace) -> None:
         taken.add(drawn)
         visualize_bbox_on_image(open_image(path), row["boxes"], row["labels"]).save(drawn)
         print(json.dumps({**{key: value for key, value in row.items() if key != "truth"}, "drawn": str(drawn)}))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from vlmdet.training.merge import merge_run
+
+    say = _say(args)
+    result = merge_run(args.run_name, out=args.out, dtype=args.dtype, skip_eval=args.skip_eval, say=say)
+    say(f"next:\n  vlmdet predict PICTURE.jpg --model {result['merged']}")
+    if args.json:
+        print(json.dumps(result))
 
 
 def _env(args: argparse.Namespace) -> None:

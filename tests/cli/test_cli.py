@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlmdet.cli import main, parse
 
-VERBS = ("demo", "inspect", "train", "convert", "eval", "predict", "env")
+VERBS = ("demo", "inspect", "train", "convert", "eval", "predict", "merge", "env")
 
 
 def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

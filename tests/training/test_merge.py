@@ -1,0 +1,193 @@
+"""Merged weights do what base + adapter did, load in plain transformers, and appear only when that is proven."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlmdet.cli import main
+from vlmdet.config import load_settings, to_yaml
+from vlmdet.contract import Contract
+from vlmdet.data.synthetic.packages import write_drawn_set
+from vlmdet.models.loader import load, make_contract
+from vlmdet.training.merge import merge_run
+from vlmdet.training.train import prepare, train
+
+LIMITS = {"min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28}
+IDS = torch.arange(40)[None]
+LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def quiet(text: str) -> None:
+    """Print nothing."""
+
+
+def write_adapter(folder: Path, base: Path | str, *, seed: int = 0, **options: Any) -> Path:
+    """Write a checkpoint that holds an adapter with random updates, as PEFT itself saves it."""
+    loaded = load(str(base), **LIMITS)
+    contract = make_contract(
+        loaded, labels=["sign"], codec="qwen2_vl", box_order="raster", max_new_tokens=6, data_fingerprint="0"
+    )
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LANGUAGE, "task_type": "CAUSAL_LM"} | options)
+    model = get_peft_model(loaded.model, config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name or "magnitude" in name:
+                weight.add_(0.05 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    dataclasses.replace(contract, base_model=str(base)).write(folder)
+    return folder
+
+
+def write_run(name: str, base: Path | str, *overrides: str, seed: int = 0, **options: Any) -> Path:
+    """Make `runs/NAME/001` with one adapter as its best checkpoint; its data set does not exist."""
+    run = Path("runs") / name / "001"
+    best = write_adapter(run / "checkpoints" / "checkpoint-5", base, seed=seed, **options)
+    (best.parent / "best").symlink_to(best.name)
+    settings = load_settings(None, ["data.source=gone", f"name={name}", f"model.name={base}", *overrides])
+    (run / "config.yaml").write_text(to_yaml(settings))
+    Contract.read(best).write(run)
+    return best
+
+
+def plain_logits(folder: Path | str) -> torch.Tensor:
+    """Compute logits as anybody would who has no vlmdet."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+def peft_logits(base: Path | str, *adapters: Path) -> torch.Tensor:
+    """Compute logits with PEFT alone: all but the last adapter merged, the last one laid on."""
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    for adapter in adapters[:-1]:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with torch.inference_mode():
+        return PeftModel.from_pretrained(model, adapters[-1]).eval()(input_ids=IDS).logits
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora, ranks by layer": {
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 2, "down_proj": 8},
+        "alpha_pattern": {"down_proj": 3},
+    },
+    "vision": {"target_modules": r".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d)|merger\.mlp\.(0|2))"},
+    "tied head": {"target_modules": ["lm_head", "q_proj"]},
+    "tied embeddings saved whole": {"modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_kind_of_adapter_is_merged_as_peft_applies_it(small_base: Path, kind: str) -> None:
+    best = write_run("kind", small_base, **KINDS[kind])
+    result = merge_run("kind", say=quiet)
+    merged = Path("runs/kind/001/merged")
+    wanted = peft_logits(small_base, best)
+    assert (plain_logits(merged) - wanted).abs().max() < 1e-4
+    if kind != "vision":
+        assert (plain_logits(small_base) - wanted).abs().max() > 1e-2  # or nothing would have been shown
+    assert result["verified"]["max_logit_difference"] < 1e-4
+    assert result["verified"]["identical_rows"] == result["verified"]["rows"] == 8
+    assert "drawn" in result["verified"]["pictures"]
+    config = json.loads((merged / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (not kind.startswith("tied"))
+
+
+def test_a_real_run_is_merged_and_used_in_plain_transformers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_drawn_set(here / "drawn", train=8, val=9)
+    settings = load_settings(
+        None,
+        [
+            f"data.source={source}",
+            "name=real",
+            "training.max_steps=3",
+            "training.learning_rate=1e-3",
+            "training.overfit_gate=false",
+            "training.eval_rows=2",
+            "evaluation.max_new_tokens=32",
+            "evaluation.split=val",
+            "lora.targets=[language.attn,language.mlp,vision.attn,merger]",
+        ],
+    )
+    run = train(prepare(settings, say=quiet), say=quiet)
+    assert main(["merge", "runs/real", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    merged = run / "merged"
+    assert result == json.loads((merged / "merge.json").read_text())
+    assert result["verified"]["pictures"] == "8 pictures of val"
+    assert result["verified"]["boxes"] > 0
+    assert (result["base"], result["dtype"], result["nf4"]) == ("tiny", "float32", None)
+    assert {path.suffix for path in merged.iterdir()} <= {".json", ".jinja", ".safetensors", ".yaml"}
+    assert Contract.read(merged) == Contract.read(run)
+    assert [path.name for path in run.iterdir() if "part" in path.name] == []
+
+    # plain transformers: the picture limits and the end token are those of the run, and the answers too
+    model = AutoModelForImageTextToText.from_pretrained(merged).eval()
+    processor = AutoProcessor.from_pretrained(merged)
+    contract = Contract.read(run)
+    size = processor.image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (contract.min_pixels, contract.max_pixels)
+    assert model.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tuned = load("runs/real", dtype="float32", device="cpu")
+    image = prepare_image(source)
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": contract.system_prompt}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": image}, {"type": "text", "text": contract.user_prompt}],
+        },
+    ]
+    batch = processor.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        assert (model(**batch).logits - tuned.model(**batch).logits).abs().max() < 1e-3
+        answers = [one.generate(**batch, max_new_tokens=32, do_sample=False) for one in (model, tuned.model)]
+    assert torch.equal(*answers)
+    assert answers[0].shape[1] > batch["input_ids"].shape[1] + 5
+
+    assert main(["predict", str(here / "picture.png"), "--model", str(merged), "--out", "out"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] in ("ok", "none", "parse_failure")
+    assert main(["eval", str(merged), "--limit", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tuned"]["f1_50"]["n"] == 2
+
+
+def prepare_image(source: Path) -> Any:
+    from vlmdet.data.readers import open_dataset
+
+    image = open_dataset(str(source)).splits["val"][0].image
+    image.save("picture.png")
+    return image
+
+
+def test_stages_are_merged_in_order(small_base: Path) -> None:
+    first = write_run("one", small_base, seed=1)
+    second = write_run("two", first.resolve(), seed=2, target_modules=r".*self_attn\.(q|v)_proj")
+    result = merge_run("two", say=quiet)
+    wanted = peft_logits(small_base, first, second)
+    merged = plain_logits("runs/two/001/merged")
+    assert (merged - wanted).abs().max() < 1e-4
+    assert (peft_logits(small_base, second) - wanted).abs().max() > 1e-2  # the first stage matters
+    assert (result["base"], result["weights"]) == (str(small_base), str(small_base))
+    assert [Path(stage["folder"]).resolve() for stage in result["stages"]] == [first.resolve(), second.resolve()]
+    assert [stage["contract"]["base_model"] for stage in result["stages"]] == [str(small_base), str(first.resolve())]
+    assert Contract.read(Path("runs/two/001/merged")) == Contract.read(second)
