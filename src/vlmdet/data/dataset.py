@@ -30,8 +30,8 @@ from PIL import Image
 from vlmdet.boxes import Boxes, BoxFormat
 from vlmdet.errors import ConfigError, DataError, did_you_mean
 from vlmdet.grounding import PIXEL_CODECS, View, get_codec
-from vlmdet.grounding.codec import escape_label
-from vlmdet.grounding.prompts import SYSTEM_PROMPT, build_user_prompt
+from vlmdet.grounding.prompts import SYSTEM_PROMPT
+from vlmdet.grounding.questions import question_of
 from vlmdet.images import decode, orientation, to_upright_rgb
 from vlmdet.records import Problem, Sample
 
@@ -72,6 +72,7 @@ def build_messages(
     view: View | None = None,
     codec: str = "qwen2_vl",
     box_order: str = "raster",
+    own_words: bool = False,
 ) -> Messages:
     """Word the conversation about one picture; the only place that does.
 
@@ -79,24 +80,25 @@ def build_messages(
 
     Input: `asked`, the labels of the question; `boxes` (n) on the upright picture with n `labels`, or None for a
     question without an answer; `size`, width and height in pixels, or `view`, which also says what the model sees
-    (codecs that write pixels need it); `box_order`, `raster` (top to bottom, then left to right), `large_first`,
+    (codecs that write pixels need it); `codec`, which decides the question too, see `grounding.questions`; `own_words`,
+    ask in our words whatever the codec; `box_order`, `raster` (top to bottom, then left to right), `large_first`,
     `shuffle` or `as_given`, see `_in_order`.
-    Output: system, user (placeholder, question) and, with boxes, assistant; every content is a list of parts:
-    `{"role": "assistant", "content": [{"type": "text", "text": "<|object_ref_start|>logo<|object_ref_end|>…"}]}`.
-    Control tokens in labels are made harmless (`escape_label`).
+    Output: system (not for families that know none), user (placeholder, question) and, with boxes, assistant; every content
+    is a list of parts: `{"role": "assistant", "content": [{"type": "text", "text": "<|object_ref_start|>logo<|…"}]}`.
+    Control tokens in labels are made harmless.
 
     Raises:
         ConfigError: codec or box order is unknown, or the codec writes pixels of the resized picture and `view` is absent.
         ValueError: nothing is asked for, or boxes and labels differ in number.
     """
-    question = build_user_prompt([escape_label(label) for label in asked])
-    messages: Messages = [
-        {"role": "system", "content": [{"type": "text", "text": system_message}]},
+    system, question = question_of("plain_json" if own_words else codec, asked)
+    messages: Messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    messages.append(
         {
             "role": "user",
             "content": [{"type": "image", "image": IMAGE_PLACEHOLDER}, {"type": "text", "text": question}],
-        },
-    ]
+        }
+    )
     if boxes is not None:
         boxes, labels = _in_order(boxes, labels, box_order)
         if view is None and codec in PIXEL_CODECS:

@@ -46,7 +46,7 @@ def predict(
     # rows of like length together: less padding
     order = sorted(range(len(samples)), key=lambda i: samples[i].width / samples[i].height)
     pixels = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
-    messages = build_messages(contract.labels)
+    messages = build_messages(contract.labels, codec=contract.codec)
     done = 0
     for batch in _batches(order, batch_size):
         ready, images = [], []

@@ -68,7 +68,13 @@ def converse(row: Row, asked: tuple[str, ...], codec: str, view: View) -> Conver
     order = row.sample.boxes.raster_order().tolist()
     labels = [row.sample.labels[number] for number in order]
     messages = build_messages(
-        asked, boxes=row.sample.boxes[order], labels=labels, view=view, codec=codec, box_order="as_given"
+        asked,
+        boxes=row.sample.boxes[order],
+        labels=labels,
+        view=view,
+        codec=codec,
+        box_order="as_given",
+        own_words=True,
     )
     system, question, answer = ("".join(part.get("text", "") for part in message["content"]) for message in messages)
     return Conversation(system, question, answer, order)
