@@ -47,9 +47,16 @@ def run_demo(
 
     settings = load_settings(
         find_recipe("tiny"),
-        [f"data.source={source}", f"name={name}", f"training.epochs={EPOCHS}", "training.eval_every=0", *overrides],
+        [
+            f"data.source={source}",
+            f"name={name}",
+            f"training.epochs={EPOCHS}",
+            "training.eval_every=0",
+            "training.overfit_gate=false",
+            *overrides,
+        ],
     )
-    prepared = prepare(settings, command=f"vlmdet demo --seed {seed}", say=say)
+    prepared = prepare(settings, command=f"vlmdet demo --seed {seed}", new=True, say=say)
     samples = prepared.dataset.splits["test"]
     folder = prepared.folder / "eval" / "test"
     common: dict[str, Any] = {

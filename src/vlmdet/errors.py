@@ -69,6 +69,19 @@ class TrainingError(VlmdetError):
     """A run would not train what was meant."""
 
 
+class Stopped(Exception):  # noqa: N818  nothing went wrong
+    """A run was told to stop by a signal, and has saved what it had.
+
+    Args:
+        message: where it stopped and how it goes on.
+        signal: number of the signal; the exit code is 128 more, as shells have it.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `did you mean 'x'?`, or the whole list where nothing is near; for hints."""
     options = list(choices)

@@ -34,7 +34,9 @@ def test_text_boxes_and_pixels_agree_after_any_mixture(seed: int) -> None:
     torch.manual_seed(seed)
     boxes = [[x / side for x, side in zip(place, SIZE * 2, strict=True)] for place in PLACES.values()]
     rows = {"image": [picture()], "boxes": [boxes], "labels": [list(PLACES)], "messages": [None]}
-    out = augment_rows(rows, chances=GEOMETRY, asked=list(PLACES), codec="qwen2_vl", box_order="raster")
+    out = augment_rows(
+        rows, chances=GEOMETRY, asked=list(PLACES), codec="qwen2_vl", box_order="raster", seed=0, epoch=lambda: 0
+    )
     moved = out["image"][0]
     for name, box in zip(PLACES, out["boxes"][0], strict=True):
         np.testing.assert_allclose(np.multiply(box, moved.size * 2), edges(moved, COLORS[name]), atol=1e-6)
@@ -73,7 +75,9 @@ def test_a_picture_without_boxes_stays_without(seed: int) -> None:
     torch.manual_seed(seed)
     rows = {"image": [picture()], "boxes": [[]], "labels": [[]], "messages": [None]}
     chances = dict.fromkeys([*GEOMETRY, "color"], 1.0)
-    out = augment_rows(rows, chances=chances, asked=["red sign"], codec="qwen2_vl", box_order="raster")
+    out = augment_rows(
+        rows, chances=chances, asked=["red sign"], codec="qwen2_vl", box_order="raster", seed=0, epoch=lambda: 0
+    )
     assert out["boxes"] == [[]]
     assert out["messages"][0][-1]["content"][0]["text"] == "none"
     assert min(out["image"][0].size) > 0

@@ -47,7 +47,8 @@ def test_best_goes_by_f1_then_iou_and_the_others_are_deleted(tmp_path: Path) -> 
     checkpoints = tmp_path / "checkpoints"
     seen = []
     for now.step in range(1, 10):
-        state, args = SimpleNamespace(global_step=now.step, max_steps=9), SimpleNamespace(output_dir=checkpoints)
+        state = SimpleNamespace(global_step=now.step, max_steps=9, is_world_process_zero=True)
+        args = SimpleNamespace(output_dir=checkpoints, world_size=1)
         control = TrainerControl()
         callback.on_step_end(args, state, control, model=None)  # type: ignore[arg-type]
         assert control.should_save == (now.step in answers)

@@ -46,7 +46,14 @@ def one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def settings_for(source: Path, *overrides: str) -> Settings:
     return load_settings(
         None,
-        [f"data.source={source}", "name=test", "training.batch_size=1", "evaluation.max_new_tokens=24", *overrides],
+        [
+            f"data.source={source}",
+            "name=test",
+            "training.batch_size=1",
+            "evaluation.max_new_tokens=24",
+            "training.overfit_gate=false",
+            *overrides,
+        ],
     )
 
 

@@ -7,7 +7,8 @@ answer is written by the same codec as before, so that text and boxes cannot par
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,19 +91,22 @@ def augment_rows(
     asked: Sequence[str],
     codec: str,
     box_order: str,
+    seed: int,
+    epoch: Callable[[], int],
     view_of: ViewOf | None = None,
 ) -> dict[str, list[Any]]:
     """Change a batch of training rows: the function for `Dataset.with_transform`.
 
-    Input: columns of `data.dataset.build_rows`: `messages`, `image`, `boxes`, `labels`, …; `chances` as keywords of `augment`;
-    `asked`, labels of the prompt; `view_of` as in `build_rows`, asked for the size of the new picture.
-    Output: the same columns with new pictures, boxes and messages. Randomness comes from torch's generator, which the
-    Trainer seeds, and each loader worker has its own.
+    Input: columns of `data.dataset.build_rows`: `id`, `messages`, `image`, `boxes`, `labels`; `chances` as keywords of `augment`;
+    `asked`, labels of the prompt; `seed` of the run; `epoch()`, number of the current pass; `view_of` as in `build_rows`, asked
+    for the size of the new picture.
+    Output: the same columns with new pictures, boxes and messages. What happens to a row depends on the seed, the epoch and its
+    id alone, so it is the same in any worker, on any number of machines, and when a stopped run goes on.
     """
     result = dict(rows)
     result["image"], result["boxes"], result["messages"] = [], [], []
-    for image, box_list, labels in zip(rows["image"], rows["boxes"], rows["labels"], strict=True):
-        rng = np.random.default_rng(int(torch.randint(2**31, ()).item()))
+    for row_id, image, box_list, labels in zip(rows["id"], rows["image"], rows["boxes"], rows["labels"], strict=True):
+        rng = np.random.default_rng([seed, epoch(), zlib.crc32(row_id.encode())])
         picture, boxes = augment(
             _open(image), Boxes(np.asarray(box_list, dtype=np.float64).reshape(-1, 4)), rng, **chances
         )

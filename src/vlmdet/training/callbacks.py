@@ -6,20 +6,24 @@ When: PER RUN; each class below says at which moments. Order matters, and `train
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
-import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlmdet.boxes import FRACTIONS, Boxes
+from vlmdet.errors import ConfigError
 from vlmdet.evaluation.metrics import score_rows
 from vlmdet.models.families import area_of
 from vlmdet.records import Sample
+from vlmdet.training.checkpoints import delete_others, point, rank
 from vlmdet.utils.visualization import draw_truth_and_prediction, image_grid
 
 
@@ -54,9 +58,11 @@ class GradNormCallback(TrainerCallback):
     def norms(self) -> dict[str, float]:
         """Return the norms of the last step, `{"all": …, "language": …, …}`; empty before the first."""
         sums: dict[str, float] = {}
-        for name, square in self._squares.items():
-            for area in ("all", area_of(name)):
-                sums[area] = sums.get(area, 0.0) + float(square)
+        if self._squares:
+            values = torch.stack(list(self._squares.values())).tolist()  # one wait for the GPU, not one a parameter
+            for name, square in zip(self._squares, values, strict=True):
+                for area in ("all", area_of(name)):
+                    sums[area] = sums.get(area, 0.0) + square
         return {area: math.sqrt(square) for area, square in sums.items()}
 
     def on_log(
@@ -78,6 +84,59 @@ class GradNormCallback(TrainerCallback):
         self._hooks.clear()
 
 
+class EpochCallback(TrainerCallback):
+    """Know the number of the current epoch, for augmentation: `number`, from 0.
+
+    When: at the start of each epoch, before the loader's workers are made, so that they have it too.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.number = int(state.epoch or 0)
+
+
+class StopCallback(TrainerCallback):
+    """Save and stop at the end of the step in which SIGTERM or SIGINT comes; a second signal stops at once.
+
+    When: signals are caught while the trainer trains; several processes agree on the step before any of them stops.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._caught)
+
+    def _caught(self, number: int, frame: Any) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            told = torch.tensor([self.signal or 0], device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self.signal = int(told) or None
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._restore()
+
+
 class IoUEvalCallback(TrainerCallback):
     """Generate answers for validation pictures, score them, and keep the best checkpoint.
 
@@ -94,28 +153,36 @@ class IoUEvalCallback(TrainerCallback):
         every: int,
         metrics_csv: Path,
         write_contract: Callable[[Path], None],
+        save_every: int = 0,
+        history: Sequence[dict[str, float]] = (),
     ) -> None:
         """Take what to call.
 
         Args:
-            predict_rows: from the model to rows of `predictions.jsonl` for the validation pictures.
+            predict_rows: from the model to rows of `predictions.jsonl` for the validation pictures; with several processes
+                each calls it, and each gets all rows.
             labels: that the prompt asks for.
             every: optimiser steps between two evaluations; 0: only at the end.
             metrics_csv: the file to append to.
-            write_contract: writes `contract.json` into a checkpoint's folder.
+            write_contract: writes `contract.json` into a checkpoint's folder, which marks it as whole.
+            save_every: optimiser steps between two checkpoints beside those of evaluations; 0: none.
+            history: evaluations of a run that goes on, oldest first.
         """
         self.predict_rows = predict_rows
         self.labels = labels
         self.every = every
+        self.save_every = save_every
         self.metrics_csv = metrics_csv
         self.write_contract = write_contract
         self.rows: list[dict[str, Any]] = []
-        self.history: list[dict[str, float]] = []
-        self.best: tuple[float, float] = (-1.0, -1.0)
+        self.history: list[dict[str, float]] = list(history)
+        self.best: tuple[float, float] = max((rank(row) for row in self.history), default=(-1.0, -1.0))
         self.log: Callable[[dict[str, float]], None] | None = None  # the trainer's own `log`, once there is a trainer
-        self._scored = -1
+        self._scored = int(self.history[-1]["step"]) if self.history else -1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.save_every and state.global_step % self.save_every == 0:
+            control.should_save = True
         due = self.every > 0 and state.global_step % self.every == 0
         if not due and state.global_step < state.max_steps:
             return
@@ -126,10 +193,11 @@ class IoUEvalCallback(TrainerCallback):
         self.history.append(row)
         self._scored = state.global_step
         if self.log is not None:
-            due = control.should_log  # a log in between would take the trainer's own entry of this step with it
+            logging = control.should_log  # a log in between would take the trainer's own entry of this step with it
             self.log({f"eval/{name}": round(value, 5) for name, value in row.items() if name != "step"})
-            control.should_log = due
-        self._append(row, list(figures))
+            control.should_log = logging
+        if state.is_world_process_zero:
+            self._append(row, list(figures))
         control.should_save = True
 
     def _append(self, row: dict[str, float], names: list[str]) -> None:
@@ -141,53 +209,80 @@ class IoUEvalCallback(TrainerCallback):
             writer.writerow({name: row.get(name, "") for name in ["step", *names]})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            PartialState().wait_for_everyone()  # each process writes its own random state into the folder
+        better = self._scored == state.global_step and rank(self.history[-1]) > self.best
+        if better:
+            self.best = rank(self.history[-1])
+        if not state.is_world_process_zero:
+            return
         checkpoints = Path(str(args.output_dir))
         saved = checkpoints / f"checkpoint-{state.global_step}"
         self.write_contract(saved)
         point(checkpoints / "last", saved.name)
-        if self._scored == state.global_step:
-            rank = (self.history[-1].get("f1_50", 0.0), self.history[-1].get("mean_best_iou", 0.0))
-            if rank > self.best or not (checkpoints / "best").exists():
-                self.best = rank
-                point(checkpoints / "best", saved.name)
+        if better or not (checkpoints / "best").exists():
+            point(checkpoints / "best", saved.name)
         delete_others(checkpoints)
-
-
-def point(link: Path, target: str) -> None:
-    """Make a symbolic link beside its target, replacing an older one in a single step."""
-    fresh = link.with_name(f".{link.name}.new")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(link)
-
-
-def delete_others(checkpoints: Path) -> None:
-    """Delete the checkpoints to which neither `best` nor `last` points."""
-    kept = {(checkpoints / name).resolve().name for name in ("best", "last") if (checkpoints / name).exists()}
-    for folder in checkpoints.glob("checkpoint-*"):
-        if folder.name not in kept:
-            shutil.rmtree(folder)
 
 
 class SamplePictureCallback(TrainerCallback):
     """Draw the same few validation pictures after every evaluation: truth dashed green, prediction solid red.
 
-    When: after `IoUEvalCallback`, from its rows; writes `samples/step_000120.png`.
+    When: after `IoUEvalCallback`, from its rows; writes `samples/step_000120.png`, and hands it to the trackers.
     """
 
     def __init__(self, evaluation: IoUEvalCallback, samples: Sequence[Sample], folder: Path, *, count: int = 8) -> None:
         self.evaluation = evaluation
         self.samples = list(samples)[:count]
         self.folder = folder
-        self._drawn = 0
+        self._drawn = len(evaluation.history)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.samples or len(self.evaluation.history) == self._drawn:
+        new = len(self.evaluation.history) > self._drawn
+        if not self.samples or not new or not state.is_world_process_zero:
             return
         self._drawn = len(self.evaluation.history)
         self.folder.mkdir(parents=True, exist_ok=True)
         grid = draw_rows(self.samples, self.evaluation.rows, columns=4)
         grid.save(self.folder / f"step_{state.global_step:06d}.png")
+        for tracker in args.report_to:
+            send_picture(tracker, grid, state.global_step, folder=Path(str(args.output_dir)).parent / "train")
+
+
+def choose_trackers(asked: Sequence[str]) -> list[str]:
+    """Turn `auto` into the tracker that is installed, tensorboard or none, and refuse one that is not there.
+
+    Raises:
+        ConfigError: a tracker is asked for by name and not installed.
+    """
+    there = {name: importlib.util.find_spec(name) is not None for name in ("tensorboard", "trackio", "wandb", "mlflow")}
+    names = [name for name in asked if name != "auto"]
+    for name in names:
+        if not there[name]:
+            raise ConfigError(f"training.report_to names {name}, which is not installed", f"pip install {name}")
+    if "auto" in asked and there["tensorboard"] and "tensorboard" not in names:
+        names.append("tensorboard")
+    return names
+
+
+def send_picture(tracker: str, picture: Any, step: int, *, folder: Path) -> None:
+    """Hand a drawn picture to a tracker, whose run the trainer's own callback has begun.
+
+    When: after each evaluation. Run here: tensorboard; the other three are written after their documentation.
+    """
+    if tracker == "tensorboard":
+        import numpy as np
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(folder / "tensorboard")) as writer:
+            writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+    elif tracker == "mlflow":
+        import mlflow
+
+        mlflow.log_image(picture, f"samples/step_{step:06d}.png")
+    elif tracker in ("wandb", "trackio"):
+        module = importlib.import_module(tracker)
+        module.log({"samples": module.Image(picture)}, step=step)
 
 
 def draw_rows(samples: Sequence[Sample], rows: Sequence[dict[str, Any]], *, columns: int) -> Any:

@@ -5,11 +5,15 @@ When: EVERY STEP, where `training.optimizer` is `muon`; the script that builds t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from vlmdet.config import TrainingSettings
+from vlmdet.errors import ConfigError
+from vlmdet.models.families import area_of
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,3 +94,47 @@ def muon_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dic
         {"params": matrices, "lr": lr, "weight_decay": weight_decay, "muon": True},
         {"params": others, "lr": lr / 10, "weight_decay": weight_decay, "muon": False},
     ]
+
+
+def make_optimizer(model: nn.Module, training: TrainingSettings) -> torch.optim.Optimizer | None:
+    """Make Muon, or AdamW with rates by area, where the settings ask for it; None leaves plain AdamW to the trainer.
+
+    When: once per run, after adapters are built.
+
+    Raises:
+        ConfigError: a rate is given for an area that does not train.
+    """
+    if training.optimizer == "muon":
+        groups = muon_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay)
+        return Muon(groups, lr=training.learning_rate)
+    rates = {"vision": training.vision_learning_rate, "merger": training.merger_learning_rate}
+    rates["deepstack"] = rates["merger"]
+    if not any(rates.values()):
+        return None
+    groups = area_groups(model, rates=rates, weight_decay=training.weight_decay)
+    trained = {group["area"] for group in groups}
+    for setting, areas in (("vision", {"vision"}), ("merger", {"merger", "deepstack"})):
+        if rates[setting] is not None and not areas & trained:
+            raise ConfigError(
+                f"training.{setting}_learning_rate is {rates[setting]:g}, but nothing of {' or '.join(sorted(areas))} trains",
+                "leave it out, or name the area in lora.targets or training.areas",
+            )
+    return torch.optim.AdamW(groups, lr=training.learning_rate)
+
+
+def area_groups(model: nn.Module, *, rates: Mapping[str, float | None], weight_decay: float) -> list[dict[str, Any]]:
+    """Divide the trainable parameters by area, and by whether they decay: biases, norms and other vectors do not.
+
+    Input: `rates` of some areas; the others take the optimizer's.
+    Output: parameter groups with the key `area`, none of them empty.
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            area, decays = area_of(name), weight.ndim > 1
+            group = groups.setdefault((area, decays), {"params": [], "area": area})
+            group["weight_decay"] = weight_decay if decays else 0.0
+            if rates.get(area) is not None:
+                group["lr"] = rates[area]
+            group["params"].append(weight)
+    return list(groups.values())

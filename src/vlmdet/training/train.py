@@ -5,22 +5,26 @@ When: PER RUN.
     vlmdet train SOURCE --recipe r4-joint --model Qwen/Qwen2-VL-2B-Instruct training.epochs=5
 
 `prepare` reads the data, loads the base and writes the contract; `train` runs TRL's `SFTTrainer` with our collator. They
-are two steps so that a caller can score the untuned base between them, under the very contract of the run.
+are two steps so that a caller can score the untuned base between them, under the very contract of the run. `train_stages`
+does both for each stage of a recipe. A stopped run goes on where its newest whole checkpoint is; see `training.checkpoints`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
+import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import torch
@@ -34,21 +38,26 @@ from vlmdet.data.collators import Qwen2VLCollatorV1, Qwen2VLCollatorV2, Qwen2VLC
 from vlmdet.data.dataset import build_rows
 from vlmdet.data.readers import open_dataset
 from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
-from vlmdet.errors import DataError, TrainingError
+from vlmdet.errors import DataError, Stopped, TrainingError
 from vlmdet.evaluation.predict import predict
 from vlmdet.grounding.sizes import plan_view
 from vlmdet.models.loader import Loaded, load, make_contract
-from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable
+from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable, train_only
 from vlmdet.records import DetectionDataset, Sample
-from vlmdet.runs import new_run
+from vlmdet.runs import find_equal, is_done, lock, new_run
 from vlmdet.training.callbacks import (
+    EpochCallback,
     GradNormCallback,
     IoUEvalCallback,
     JsonLogCallback,
     ProgressBar,
     SamplePictureCallback,
+    StopCallback,
+    choose_trackers,
 )
-from vlmdet.training.optim import Muon, muon_groups
+from vlmdet.training.checkpoints import go_back, is_disk_full, write_done
+from vlmdet.training.optim import make_optimizer
+from vlmdet.training.processes import check_launched, from_main, is_main, join, predict_shared, world_size
 from vlmdet.utils.environment import describe_environment, format_environment
 
 Say = Callable[[str], None]
@@ -56,13 +65,41 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to start: its folder holds `config.yaml`, `contract.json` and `problems.jsonl`."""
+    """A run that is ready to start: its folder holds `config.yaml`, `contract.json` and `problems.jsonl`.
+
+    Attributes:
+        lock: keeps other processes out of the folder as long as it is open; None on all but the main process.
+    """
 
     settings: Settings
     folder: Path
     dataset: DetectionDataset
     base: Loaded
     contract: Contract
+    lock: IO[str] | None = None
+
+
+def train_stages(
+    stages: Sequence[Settings], *, command: str = "", new: bool = False, say: Say = print
+) -> tuple[Path, Prepared]:
+    """Train each stage on the result of the one before; returns the folder of the last run, and how it was prepared.
+
+    When: once per command. A stage but the last that is finished already, with the same settings, data and base, is used as
+    it is, unless `new`.
+    """
+    for number, settings in enumerate(stages, 1):
+        last = number == len(stages)
+        if len(stages) > 1:
+            say(f"\nstage {number} of {len(stages)}: {settings.name}")
+        prepared = prepare(settings, command=command, new=new, reuse=not last, say=say)
+        folder = prepared.folder if is_done(prepared.folder) else train(prepared, say=say)
+        if not last:
+            best = (folder / "checkpoints" / "best").resolve()
+            tuned = replace(stages[number].model, name=os.path.relpath(best))
+            stages = [*stages[:number], replace(stages[number], model=tuned), *stages[number + 1 :]]
+            if prepared.lock is not None:
+                prepared.lock.close()
+    return folder, prepared
 
 
 def read_data(settings: Settings, say: Say) -> DetectionDataset:
@@ -92,13 +129,17 @@ def read_data(settings: Settings, say: Say) -> DetectionDataset:
     return dataset
 
 
-def prepare(settings: Settings, *, command: str = "", say: Say = print) -> Prepared:
+def prepare(
+    settings: Settings, *, command: str = "", new: bool = False, reuse: bool = False, say: Say = print
+) -> Prepared:
     """Read the data, look at every picture, load the base and write down what the run assumes.
 
     When: once per run, before anything is trained.
 
-    Input: checked settings; `command`, as typed, for the record; `say`, where lines for the user go.
-    Output: `Prepared`; in the new run folder `config.yaml`, `contract.json`, `command.txt`, `env.txt`, `problems.jsonl`.
+    Input: checked settings; `command`, as typed, for the record; `new`, start another run where an equal one is
+    unfinished; `reuse`, take an equal one that is finished, too; `say`, where lines for the user go.
+    Output: `Prepared`; in the run's folder `config.yaml`, `contract.json`, `command.txt`, `env.txt`, `problems.jsonl`. The folder
+    is that of the newest run with equal settings, data and base, if that is unfinished; else a new one.
 
     Raises:
         DataError: too many rows are broken, see `data.max_problems`.
@@ -112,38 +153,58 @@ def prepare(settings: Settings, *, command: str = "", say: Say = print) -> Prepa
     problems = dataset.problems
     refuse_above(problems, total, share=settings.data.max_problems)
 
+    base = load_base(settings)
+    contract = make_contract(
+        base,
+        labels=dataset.labels,
+        codec=settings.model.codec,
+        box_order=settings.data.box_order,
+        max_new_tokens=settings.evaluation.max_new_tokens,
+        data_fingerprint=fingerprint_rows(dataset),
+    )
+    join(cpu=base.model.device.type == "cpu")
+    folder = from_main(partial(_choose_folder, settings, contract, new=new, reuse=reuse))
+    held = None
+    if is_main():
+        held = lock(folder)
+        with (folder / "command.txt").open("a", encoding="utf-8") as file:
+            file.write(command + "\n")
+        (folder / "env.txt").write_text(format_environment(describe_environment()) + "\n", encoding="utf-8")
+        write_problems(folder / "problems.jsonl", problems)
+        contract.write(folder)
+    kinds = Counter(f"{problem.kind} ({problem.action})" for problem in problems)
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+    say(f"problems: {listed}; written to {folder / 'problems.jsonl'}")
+    return Prepared(settings, folder, dataset, base, contract, held)
+
+
+def load_base(settings: Settings) -> Loaded:
+    """Load the base that the settings name; a tuned run or checkpoint is a base too, with its adapter merged in memory."""
     model = settings.model
-    base = load(
+    return load(
         model.name,
         dtype=model.dtype,
         device=model.device,
         attention=model.attention,
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
-    )
-    if base.contract is not None:
-        raise TrainingError(
-            f"{model.name} is a tuned run", "training on top of a run is not supported yet; name its base"
-        )
-    contract = make_contract(
-        base,
-        labels=dataset.labels,
-        codec="qwen2_vl" if model.codec == "auto" else model.codec,
-        box_order=settings.data.box_order,
-        max_new_tokens=settings.evaluation.max_new_tokens,
-        data_fingerprint=fingerprint_rows(dataset),
+        quantization=model.quantization,
+        quantize_vision=model.quantize_vision,
+        as_base=True,
     )
 
+
+def _choose_folder(settings: Settings, contract: Contract, *, new: bool, reuse: bool) -> Path:
+    """Return the folder of an equal run that is to go on, or of a new one, whose `config.yaml` is written."""
+    config = to_yaml(settings)
+    prints = {key: getattr(contract, key) for key in ("data_fingerprint", "base_fingerprint")}
+    equal = None if new else find_equal(settings.name, config=config, fingerprints=prints)
+    if equal is not None and (reuse or not is_done(equal)):
+        return equal
     folder = new_run(settings.name)
-    (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-    (folder / "command.txt").write_text(command + "\n", encoding="utf-8")
-    (folder / "env.txt").write_text(format_environment(describe_environment()) + "\n", encoding="utf-8")
-    write_problems(folder / "problems.jsonl", problems)
     contract.write(folder)
-    kinds = Counter(f"{problem.kind} ({problem.action})" for problem in problems)
-    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
-    say(f"problems: {listed}; written to {folder / 'problems.jsonl'}")
-    return Prepared(settings, folder, dataset, base, contract)
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    return folder
 
 
 def fingerprint_rows(dataset: DetectionDataset) -> str:
@@ -159,45 +220,56 @@ def fingerprint_rows(dataset: DetectionDataset) -> str:
 def train(prepared: Prepared, *, say: Say = print) -> Path:
     """Train the prepared base and return the run's folder, in which `checkpoints/best` is the result.
 
-    When: once per run.
+    When: once per run; again, with the same settings, after it was stopped.
 
     Raises:
-        TrainingError: nothing is trainable, the model is wrapped already, or the first batch's labels are not exactly
-            the answers.
+        TrainingError: nothing is trainable, the model is wrapped already, the first batch's labels are not exactly the
+            answers, or the disk is full.
+        Stopped: a signal came; what was trained is saved.
     """
     settings, folder, contract = prepared.settings, prepared.folder, prepared.contract
     training = settings.training
+    started = time.monotonic()
     transformers.set_seed(training.seed)
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
+    (folder / "train").mkdir(exist_ok=True)
+    goes_on, history = from_main(partial(go_back, folder))
+    if goes_on is not None:
+        say(f"going on from {goes_on}")
 
     # 1. Rows: conversation and picture, written once; changed at every access only where augmentation is on.
-    rows = training_rows(prepared)
+    epochs = EpochCallback()
+    rows = training_rows(prepared, epoch=lambda: epochs.number)
     steps = planned_steps(settings, len(rows))
-    size = training.batch_size * training.gradient_accumulation
+    size = training.batch_size * training.gradient_accumulation * world_size()
     how = f"limited to {steps}" if training.max_steps else f"x {training.epochs:g} epochs -> {steps}"
     say(f"steps: {len(rows)} rows / {size} a step {how} steps")
 
-    # 2. The adapter is described here and built by the trainer, once.
+    # 2. What trains: areas are thawed here; an adapter is described here and built by the trainer, once.
     model = prepared.base.model
     peft_config = None
     if training.method == "lora":
-        lora = settings.lora
-        peft_config = build_lora_config(
-            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets
-        )
+        peft_config = build_lora_config(model, **asdict(settings.lora))
+    elif training.areas:
+        train_only(model, training.areas)
+    keep_exact(model)
     model.config.use_cache = False
 
-    # 3. Callbacks: norms, scores, pictures, log, in this order.
-    (folder / "train").mkdir()
+    # 3. Callbacks, in this order: stop, norms, scores, pictures, log.
     watched = list(prepared.dataset.splits.get("val", []))[: training.eval_rows]
+    stop = StopCallback()
     evaluation = IoUEvalCallback(
         partial(predict_watched, prepared=prepared, samples=watched),
         labels=contract.labels,
         every=training.eval_every,
+        save_every=training.save_every,
         metrics_csv=folder / "train" / "metrics.csv",
         write_contract=contract.write,
+        history=history,
     )
     callbacks = [
+        epochs,
+        stop,
         GradNormCallback(),
         evaluation,
         SamplePictureCallback(evaluation, watched, folder / "train" / "samples", count=training.sample_rows),
@@ -205,8 +277,10 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     ]
 
     # 4. The trainer. TRL's defaults that would do harm here are set: no truncation, no dropped columns, no hub.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "train" / "tensorboard")
     arguments = SFTConfig(
         output_dir=str(folder / "checkpoints"),
+        run_name=f"{folder.parent.name}-{folder.name}",
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
         num_train_epochs=training.epochs,
@@ -216,6 +290,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         warmup_steps=math.ceil(training.warmup_fraction * steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
+        neftune_noise_alpha=training.neftune_alpha or None,
         activation_checkpointing=training.gradient_checkpointing,
         bf16=model.dtype == torch.bfloat16,
         use_cpu=model.device.type == "cpu",
@@ -223,16 +298,15 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_num_workers=training.loader_workers,
-        save_strategy="no",  # the evaluation callback asks for a checkpoint whenever it has scored one
-        save_only_model=True,  # nothing resumes yet, and the optimizer's state would be a pickle of twice the size
+        save_strategy="no",  # the evaluation callback asks for a checkpoint whenever it has scored one, or one is due
         eval_strategy="no",
-        logging_steps=max(1, min(10, steps // 10)),
-        logging_first_step=True,
-        report_to="none",
+        logging_steps=1,  # an average over several steps would be another one after a stop in between
+        report_to=choose_trackers(training.report_to) if is_main() else [],
         disable_tqdm=None,
         seed=training.seed,
         push_to_hub=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs and no launcher: never DataParallel
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -241,27 +315,61 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         processing_class=prepared.base.processor,
         peft_config=peft_config,
         callbacks=callbacks,
-        optimizers=(make_optimizer(model, settings), None),
     )
+    trainer.optimizer = make_optimizer(trainer.model, training)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)  # it writes every log to stdout, which --json keeps clean
     if sys.stderr.isatty():
         trainer.add_callback(ProgressBar)
     # not TRL's own `log`, which would move its averages since the last entry into this one
     evaluation.log = partial(transformers.Trainer.log, trainer)
+    say(check_launched(training.distributed, trainer.accelerator))
 
     # 5. What will train, before the first step; nothing trainable is an error.
     say(format_areas(refuse_untrainable(trainer.model)))
-    trainer.train()
+    transformers.set_seed(training.seed)
+    with saving_to(folder):
+        trainer.train(resume_from_checkpoint=str(goes_on) if goes_on else None)
     model.config.use_cache = True
+    step = trainer.state.global_step
+    if stop.signal is not None and step < trainer.state.max_steps:
+        raise Stopped(f"stopped after step {step} of {trainer.state.max_steps}; the same command goes on", stop.signal)
     best = (folder / "checkpoints" / "best").resolve()
     f1, iou = evaluation.best
+    if is_main():
+        write_done(
+            folder, {"steps": step, "best": best.name, "f1_50": f1, "mean_best_iou": iou, "val_rows": len(watched)}
+        )
     say(f"best checkpoint: {best} (F1@0.5 {f1:.3f}, mean best IoU {iou:.3f} on {len(watched)} val pictures)")
+    say(f"trained in {time.monotonic() - started:.0f} s")
     return folder
 
 
-def training_rows(prepared: Prepared) -> datasets.Dataset:
-    """Make the rows that the trainer reads: `messages`, `image`, `boxes`, `labels`, `id`."""
+def keep_exact(model: Any) -> None:
+    """Keep what trains in float32: in half precision a step of a small rate is less than the last digit, and lost."""
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
+            weight.data = weight.data.float()
+
+
+@contextlib.contextmanager
+def saving_to(folder: Path) -> Iterator[None]:
+    """Turn a full disk into a clear error; the half-written checkpoint is deleted and the last whole one stays."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        last, _ = from_main(partial(go_back, folder))
+        kept = f"{last} is whole" if last else "no checkpoint was written yet"
+        raise TrainingError(
+            f"the disk of {folder} is full ({' '.join(str(error).split())[:120]}); {kept}",
+            "free some space; the same command goes on from there",
+        ) from error
+
+
+def training_rows(prepared: Prepared, *, epoch: Callable[[], int] = lambda: 0) -> datasets.Dataset:
+    """Make the rows that the trainer reads: `messages`, `image`, `boxes`, `labels`, `id`; `epoch()` counts the passes."""
     settings, contract = prepared.settings, prepared.contract
     view_of = partial(
         plan_view, min_pixels=contract.min_pixels, max_pixels=contract.max_pixels, factor=contract.size_factor
@@ -282,19 +390,12 @@ def training_rows(prepared: Prepared) -> datasets.Dataset:
                 asked=contract.labels,
                 codec=contract.codec,
                 box_order=settings.data.box_order,
+                seed=settings.training.seed,
+                epoch=epoch,
                 view_of=view_of,
             )
         )
     return rows
-
-
-def make_optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer | None:
-    """Return Muon where the settings ask for it; None leaves AdamW to the trainer."""
-    training = settings.training
-    if training.optimizer == "adamw":
-        return None
-    groups = muon_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay)
-    return Muon(groups, lr=training.learning_rate)
 
 
 def planned_steps(settings: Settings, rows: int) -> int:
@@ -302,7 +403,7 @@ def planned_steps(settings: Settings, rows: int) -> int:
     training = settings.training
     if training.max_steps:
         return training.max_steps
-    batches = math.ceil(rows / training.batch_size)
+    batches = math.ceil(rows / (training.batch_size * world_size()))
     return max(1, math.ceil(math.ceil(batches / training.gradient_accumulation) * training.epochs))
 
 
@@ -315,13 +416,19 @@ def make_collator(prepared: Prepared) -> Any:
 
 
 def predict_watched(model: Any, *, prepared: Prepared, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Predict the validation pictures during training, under the run's contract."""
+    """Predict the validation pictures during training, under the run's contract; each process does its share."""
     evaluation = prepared.settings.evaluation
-    return predict(
-        model,
-        prepared.base.processor,
-        samples,
-        contract=prepared.contract,
-        batch_size=evaluation.batch_size,
-        max_new_tokens=evaluation.max_new_tokens,
-    )
+    device = model.device.type
+    mixed = any(weight.dtype != model.dtype for weight in model.parameters() if weight.is_floating_point())
+    with torch.autocast(device, torch.bfloat16, enabled=mixed and model.dtype == torch.bfloat16):
+        return predict_shared(
+            partial(
+                predict,
+                model,
+                prepared.base.processor,
+                contract=prepared.contract,
+                batch_size=evaluation.batch_size,
+                max_new_tokens=evaluation.max_new_tokens,
+            ),
+            samples,
+        )

@@ -1,0 +1,108 @@
+"""One run on several processes: who writes, what all must know, and what they were launched as.
+
+When: PER RUN. `accelerate launch -m vlmdet train …` or `vlmdet train … --num-processes N` starts the processes, each of which
+runs the same code; accelerate owns how gradients are shared. On one process every function here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from vlmdet.errors import ConfigError, VlmdetError
+
+T = TypeVar("T")
+
+KINDS = {
+    "none": {"NO"},
+    "ddp": {"MULTI_GPU", "MULTI_CPU", "MULTI_NPU", "MULTI_XPU"},
+    "fsdp": {"FSDP"},
+    "deepspeed": {"DEEPSPEED"},
+}
+"""A word of `training.distributed` to accelerate's distributed types."""
+
+
+def world_size() -> int:
+    """Return the number of processes that were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Tell whether this process writes files and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def join(*, cpu: bool) -> None:
+    """Let the processes find one another; nothing on a single one.
+
+    When: before the first `from_main`. Input: `cpu`, whether the model runs on the CPU (gloo) or on GPUs (nccl).
+    """
+    if world_size() > 1:
+        PartialState(cpu=cpu)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Call a function on the main process alone, and give every process what it returned.
+
+    Raises:
+        VlmdetError: what the function raised, on every process, so that none waits for the others for ever.
+    """
+    if world_size() == 1:
+        return make()
+    told: list[Any] = [None, None]
+    if is_main():
+        try:
+            told[0] = make()
+        except VlmdetError as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    result: T = told[0]
+    return result
+
+
+def predict_shared(
+    predict: Callable[[Sequence[T]], list[dict[str, Any]]], samples: Sequence[T]
+) -> list[dict[str, Any]]:
+    """Let each process predict its share of the samples, and give all rows to each, in order and once.
+
+    Input: `predict`, from samples to one row each. The shares are every n-th sample, so that they differ in size by one at
+    most; nothing is padded, so nothing is double.
+    """
+    size = world_size()
+    if size == 1:
+        return predict(samples)
+    own = range(int(os.environ["RANK"]), len(samples), size)
+    rows = predict([samples[i] for i in own]) if own else []
+    gathered: dict[int, dict[str, Any]] = dict(gather_object(list(zip(own, rows, strict=True))))
+    return [gathered[i] for i in range(len(samples))]
+
+
+def check_launched(asked: str, accelerator: Any) -> str:
+    """Compare how the work is shared with what was asked for.
+
+    When: once per run, when the trainer stands.
+
+    Input: `asked`, `training.distributed`; `auto` is what the launcher's environment says. `accelerator`, the trainer's.
+    Output: a line for the user.
+
+    Raises:
+        ConfigError: accelerate does otherwise: it ignores FSDP and DeepSpeed on a CPU, for example.
+    """
+    if asked == "auto":
+        asked = "none" if world_size() == 1 else "ddp"
+        for word, variable in (("fsdp", "ACCELERATE_USE_FSDP"), ("deepspeed", "ACCELERATE_USE_DEEPSPEED")):
+            if os.environ.get(variable, "").lower() in {"1", "true", "yes"}:
+                asked = word
+    found = accelerator.distributed_type.name
+    if found not in KINDS[asked]:
+        raise ConfigError(
+            f"asked for was {asked}, accelerate's distributed type is {found} on {accelerator.num_processes} processes",
+            "launch it with a file of configs/accelerate on devices that can do it, or set training.distributed",
+        )
+    return f"devices: {accelerator.device.type}, distributed type {found}, {accelerator.num_processes} processes"
