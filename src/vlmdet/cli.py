@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="tiny", help="name or file of a recipe (default: tiny)")
     train.add_argument("--model", help="tiny, a hub id, or a folder of weights")
     train.add_argument("--name", help="the run's folder is runs/NAME/NNN")
+    train.add_argument("--num-processes", type=int, metavar="N", help="share the work among N processes (docs/devices.md)")
     train.add_argument("--new", action="store_true", help="start another run where an equal one was stopped")
     _add_selection(train)
     train.add_argument("--max-problems", type=float, metavar="SHARE", help="share of broken rows above which to stop")
@@ -263,6 +264,11 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.num_processes and args.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        from vlmdet.training.launch import launch
+
+        sys.exit(launch(args.num_processes, sys.argv[1:]))
+
     from vlmdet.config import check, find_recipe, load_stages
 
     flags: dict[str, Any] = {"data": {"source": args.source, **_reading(args), **_selection(args)}}
