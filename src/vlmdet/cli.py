@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import sys
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it misses an optional kernel, and says so at every import
     try:
         args.run(args)
         sys.stdout.flush()
@@ -94,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="tiny", help="name or file of a recipe (default: tiny)")
     train.add_argument("--model", help="tiny, a hub id, or a folder of weights")
     train.add_argument("--name", help="the run's folder is runs/NAME/NNN")
-    train.add_argument("--num-processes", type=int, metavar="N", help="share the work among N processes (docs/devices.md)")
+    train.add_argument(
+        "--num-processes", type=int, metavar="N", help="share the work among N processes (docs/devices.md)"
+    )
     train.add_argument("--new", action="store_true", help="start another run where an equal one was stopped")
     _add_selection(train)
     train.add_argument("--max-problems", type=float, metavar="SHARE", help="share of broken rows above which to stop")
