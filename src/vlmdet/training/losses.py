@@ -32,7 +32,7 @@ def score_supervised_only(model: nn.Module) -> bool:
     `score_supervised_only(trainer.model)`. Called twice, it does nothing the second time.
 
     Input: `trainer.model`, plain or wrapped by PEFT, not yet by DDP.
-    Output: whether anything was changed: not on CUDA or XPU, where TRL does the same, nor for other families than `QWEN_FAMILIES`.
+    Output: whether anything was changed: not on CUDA or XPU, where TRL does the same, nor for families outside `QWEN_FAMILIES`.
     Loss, gradients, entropy and token accuracy are those of TRL: the same kernel, fewer rows. Generation is untouched.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -79,9 +79,7 @@ def _score(model: Any, *args: Any, labels: torch.Tensor, num_items_in_batch: Any
         ("log_probs", "entropy", "is_top1"),
     )
     # masked_scatter keeps the graph where no position is supervised: the loss is then 0 and has a gradient of 0
-    log_probs, entropy, _, _, is_top1 = (
-        None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values) for values in scored
-    )
+    log_probs, entropy, is_top1 = (scored[i].new_zeros(mask.shape).masked_scatter(mask, scored[i]) for i in (0, 1, 4))
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return FusedCausalLMOutput(
         loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
