@@ -37,7 +37,7 @@ def quiet(text: str) -> None:
 
 def write_adapter(folder: Path, base: Path | str, *, seed: int = 0, **options: Any) -> Path:
     """Write a checkpoint that holds an adapter with random updates, as PEFT itself saves it."""
-    loaded = load(str(base), **LIMITS)
+    loaded = load(str(base), as_base=True, **LIMITS)
     contract = make_contract(
         loaded, labels=["sign"], codec="qwen2_vl", box_order="raster", max_new_tokens=6, data_fingerprint="0"
     )

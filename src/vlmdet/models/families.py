@@ -31,7 +31,7 @@ from vlmdet.grounding import get_codec
 AREAS = ("vision", "merger", "deepstack", "language", "embeddings", "head")
 
 AREA_PATTERNS = {
-    "deepstack": r"deepstack_merger",
+    "deepstack": r"deepstack_merger_list\.",
     "merger": r"visual\.merger\.|multi_modal_projector\.|connector\.",
     "vision": r"visual\.|vision_tower\.|vision_model\.",
     "embeddings": r"embed_tokens|language_model\.shared",

@@ -1,4 +1,4 @@
-"""Load a model and its processor: the embedded base, any Qwen2-VL, or what a run has tuned.
+"""Load a model and its processor: the embedded base, a base of any family, or what a run has tuned, stage upon stage.
 
 When: PER RUN. Weights are read as safetensors only; remote code is never run.
 """
@@ -6,32 +6,41 @@ When: PER RUN. Weights are read as safetensors only; remote code is never run.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 import vlmdet
 from vlmdet.contract import SCHEMA, Contract
-from vlmdet.errors import ModelError
+from vlmdet.errors import ConfigError, ModelError
 from vlmdet.grounding import get_codec
 from vlmdet.grounding.codec import escape_label
 from vlmdet.grounding.prompts import SYSTEM_PROMPT, build_user_prompt
-from vlmdet.models.families import codec_of
+from vlmdet.models.families import AREA_PATTERNS, FAMILIES, area_of, codec_of, is_quantised
+from vlmdet.models.fingerprint import fingerprint, weight_files
 from vlmdet.models.lora import refuse_zero_adapter
+from vlmdet.models.stages import stages_of
 from vlmdet.models.tiny import TINY_DIR
-from vlmdet.runs import find_run
+
+Quantization = Literal["none", "nf4"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SEEING = ("vision", "merger", "deepstack")
+"""Areas that stay unquantised unless asked: a tower in 4 bits sees worse, and boxes are the first to show it."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +50,10 @@ class Loaded:
     Attributes:
         model: in evaluation mode, on its device.
         processor: with the pixel limits of `min_pixels` and `max_pixels`.
-        base: id or path of the base; `tiny` for the embedded one.
-        base_fingerprint: hash of the base's tensors, as found now for a base or an adapter's base; for a fully tuned model,
-            whose base is not at hand, the one that its contract names.
+        base: id or path of the base; `tiny` for the embedded one; of a run, what its contract names; of a stage that was
+            loaded `as_base`, its folder.
+        base_fingerprint: hash of that base's files, as found now; for a fully tuned model, whose base is not at hand, the one
+            that its contract names.
         contract: what the run assumed that tuned it; None for a base.
     """
 
@@ -54,19 +64,6 @@ class Loaded:
     contract: Contract | None = None
 
 
-def checkpoint_of(name: str) -> Path | None:
-    """Find the weights that a user means by the name of a run or of a checkpoint folder; None where it is neither."""
-    if name == "tiny":  # always the embedded base, whatever lies in ./tiny or runs/tiny
-        return None
-    folder = Path(name)
-    if (folder / "contract.json").is_file() and any(
-        (folder / f).is_file() for f in ("config.json", "adapter_config.json")
-    ):
-        return folder
-    run = find_run(name)
-    return (run / "checkpoints" / "best").resolve() if run else None
-
-
 def load(
     name: str,
     *,
@@ -75,64 +72,186 @@ def load(
     attention: str = "sdpa",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    quantization: Quantization = "none",
+    quantize_vision: bool = False,
+    as_base: bool = False,
 ) -> Loaded:
     """Load a base or a tuned model by what a user types.
 
     When: once per run.
 
-    Input: `name`, `tiny`, a hub id, a folder of weights, or a run; `dtype`, `auto` is float32 on a CPU and bfloat16 on a
-    GPU that has it; `device`, `auto` is the first GPU, else the CPU; `attention`, `sdpa`, `eager` or
-    `flash_attention_2`; pixel limits, needed for a base other than `tiny`; a run brings its own.
+    Input: `name`, `tiny`, a hub id, a folder of weights, a run or a checkpoint; `dtype`, `auto` is float32 on a CPU and
+    bfloat16 on a GPU that has it; `device`, `auto` is this process's GPU, else the CPU; `attention`, `sdpa`, `eager` or
+    `flash_attention_2`; pixel limits, needed for a base other than `tiny`; a run brings its own. `quantization`, `nf4` holds
+    the linear layers of the language model in 4 bits (double quantisation, arithmetic in `dtype`), and with
+    `quantize_vision` those of the vision tower and its mergers; head and embeddings never. `as_base`, what is named is the base
+    of a next stage: an adapter on it is merged into it, its contract is not handed on, and pixel limits that are given hold.
+    Output: of a run whose base is a run: stages below are merged in memory, and the named one's adapter lies on top.
 
     Raises:
-        ModelError: not found, not a Qwen2-VL, weights that are no safetensors, or no pixel limits.
+        ModelError: not found, of no family that is supported, weights that are no safetensors or quantised already, no pixel
+            limits, bitsandbytes missing, or a base that is not the one that a contract names.
+        ConfigError: 4 bits were asked for below an adapter that must be merged first.
         TrainingError: the adapter of a run is empty or all zero.
     """
-    run = checkpoint_of(name)
+    stages = stages_of(name)
+    run = stages.folders[-1] if stages.folders else None
     contract = Contract.read(run) if run else None
-    if contract is not None:
+    if contract is not None and not (as_base and min_pixels and max_pixels):
         min_pixels, max_pixels = contract.min_pixels, contract.max_pixels
-    base = contract.base_model if contract is not None else name
-    adapter = run is not None and (run / "adapter_config.json").is_file()
-    weights = base if run is None or adapter else str(run)
+    below = stages.adapters if as_base else stages.adapters[:-1]
+    if quantization != "none" and below:
+        raise ConfigError(
+            f"{name}: the adapter {below[-1]} lies under what is asked for, and an adapter is never merged into 4-bit weights",
+            f"run `vlmdet merge {below[-1]}` first and name its result, or use model.quantization=none",
+        )
     where = _device(device)
-    model = _load_base(weights, dtype=_dtype(dtype, where), attention=attention)
-    found = contract.base_fingerprint if contract is not None and not adapter else fingerprint(model)
-    if contract is not None and run is not None and adapter:
+    model = _load_weights(
+        stages.weights,
+        dtype=_dtype(dtype, where),
+        device=where,
+        attention=attention,
+        quantization=quantization,
+        quantize_vision=quantize_vision,
+    )
+    for folder in below:
+        model = _with_adapter(model, folder).merge_and_unload(safe_merge=True)
+    if run is not None and run in stages.adapters:
+        assert contract is not None
+        found = fingerprint(contract.base_model)
         if found != contract.base_fingerprint:
             raise ModelError(
-                f"{name} was tuned on a base with fingerprint {contract.base_fingerprint}, but {base} now has {found}",
+                f"{name} was tuned on a base with fingerprint {contract.base_fingerprint}, but {contract.base_model} now has "
+                f"{found}",
                 "restore the base that the contract names",
             )
-        if not (run / "adapter_model.safetensors").is_file():
-            raise ModelError(f"{name}: {run} holds no adapter_model.safetensors", "other weight files are never read")
-        model = PeftModel.from_pretrained(model, str(run), config=PeftConfig.from_pretrained(str(run)))
-        refuse_zero_adapter(model, name)
-    processor = load_processor(str(run) if run else base, min_pixels=min_pixels, max_pixels=max_pixels)
+        if not as_base:
+            model = _with_adapter(model, run)
+    if contract is not None and not as_base:
+        base, found = contract.base_model, contract.base_fingerprint
+    else:
+        base = name if run is None else str(run)
+        contract, found = None, fingerprint(base)
+    processor = load_processor(str(run or name), min_pixels=min_pixels, max_pixels=max_pixels)
     return Loaded(model.to(where).eval(), processor, base, found, contract)
 
 
-def _load_base(name: str, *, dtype: torch.dtype, attention: str) -> Any:
-    path = str(TINY_DIR) if name == "tiny" else name
-    config = Path(path) / "config.json"
-    if Path(path).is_dir():
-        if not config.is_file():
-            raise ModelError(f"{name}: no config.json in that folder", f"it holds {_listing(Path(path))}")
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        if kind != "qwen2_vl":
-            raise ModelError(f"{name} is a '{kind}', not a qwen2_vl", "only Qwen2-VL is supported so far")
-    elif Path(path).is_absolute() or path.startswith((".", "runs/")):
-        raise ModelError(
-            f"{name}: no such folder, or no finished run in it", "name a run, a folder of weights or a hub id"
-        )
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """Lay the adapter of a checkpoint on a model."""
+    weight_files(str(folder), adapter=True)  # PEFT would read a pickle where there are no safetensors
+    wrapped = PeftModel.from_pretrained(model, str(folder), config=PeftConfig.from_pretrained(str(folder)))
+    refuse_zero_adapter(wrapped, str(folder))
+    return wrapped
+
+
+def _load_weights(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    attention: str,
+    quantization: Quantization,
+    quantize_vision: bool,
+) -> Any:
+    path, _ = _config_of(name)
+    four_bits: dict[str, Any] = {}
+    if quantization == "nf4":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ModelError(
+                "4-bit weights need bitsandbytes, which is not installed", "pip install 'vlmdet[quantization]'"
+            )
+        kept = [area for area in AREA_PATTERNS if not (quantize_vision and area in SEEING)]
+        four_bits = {
+            "device_map": {"": device},
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                # Matched from the start of a module's name: "visual" alone would leave out nothing of `model.visual`.
+                llm_int8_skip_modules=[f".*({AREA_PATTERNS[area]})" for area in kept],
+            ),
+        }
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
-        return Qwen2VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, **four_bits
         )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    _check_four_bits(model, name, asked=quantization == "nf4", quantize_vision=quantize_vision)
+    return model
+
+
+def _check_four_bits(model: nn.Module, name: str, *, asked: bool, quantize_vision: bool) -> None:
+    """Look which layers really are in 4 bits: the library's list of exceptions fails silently."""
+    areas: dict[str, str] = {}
+    for key, weight in model.named_parameters():
+        if is_quantised(weight):
+            areas.setdefault(area_of(key), key)
+    wrong = set(areas) - ({"language"} if asked else set()) - (set(SEEING) if quantize_vision else set())
+    if wrong:
+        area = min(wrong)
+        raise ModelError(
+            f"{name}: {areas[area]} is in 4 bits, and the area '{area}' was not to be quantised",
+            "set model.quantize_vision=true if the vision tower shall be" if area in SEEING else "report this as a bug",
+        )
+    if asked and "language" not in areas:
+        raise ModelError(
+            f"{name}: 4 bits were asked for, and no layer of its language model is", "use quantization=none"
+        )
+
+
+def _config_of(name: str) -> tuple[str, Any]:
+    """Return where a base lies and its configuration.
+
+    Raises:
+        ModelError: there is none, its family is not supported, or its weights are quantised already.
+    """
+    path = str(TINY_DIR) if name == "tiny" else name
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{name}: no config.json in that folder", f"it holds {_listing(Path(path))}")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"{name} is a '{config.model_type}', which is not supported", f"there is: {', '.join(FAMILIES)}"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{name}: its weights are quantised already, so that neither its fingerprint nor a merge would be of the true ones",
+            "name the unquantised base, with model.quantization=nf4",
+        )
+    return path, config
+
+
+def build_skeleton(name: str, *, quantization: Quantization = "none", quantize_vision: bool = False) -> Any:
+    """Build a model of the true architecture without weights, to count and to resolve names.
+
+    When: per plan; seconds and no memory even for the largest model.
+
+    Input: `tiny`, a hub id, or a folder that may hold a `config.json` alone; a run or checkpoint counts as its base.
+    `quantization`, `quantize_vision` as in `load`: weights that would be held in 4 bits are marked, so that
+    `parameters_by_area` counts them as quantised; bitsandbytes is not needed.
+    Output: a model on torch's `meta` device. An adapter goes on by `peft.get_peft_model`, as on a real one.
+
+    Raises:
+        ModelError: as `load`.
+    """
+    _, config = _config_of(stages_of(name).weights)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    model.tie_weights()
+    if quantization == "nf4":
+        areas = ("language", *SEEING) if quantize_vision else ("language",)
+        for key, module in model.named_modules():
+            if isinstance(module, nn.Linear) and area_of(f"{key}.weight") in areas:
+                module.weight.planned_nf4 = True
+                module.weight.requires_grad_(False)
+    return model
 
 
 def load_processor(name: str, *, min_pixels: int | None, max_pixels: int | None) -> Any:
@@ -198,23 +317,10 @@ def make_contract(
     )
 
 
-def fingerprint(model: Any) -> str:
-    """Hash some of a base's tensors, the first values of each, so that a changed base is noticed.
-
-    Output: 16 hexadecimal digits. The values are rounded to bfloat16 first, so that the data type in which a checkpoint is
-    loaded does not matter.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.endswith(("norm.weight", "proj.weight", "qkv.weight", "embed_tokens.weight")):
-            head = tensor.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16)
-            digest.update(name.encode() + head.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _device(device: str) -> str:
     if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+        # each process that a launcher starts has a GPU of its own
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {device}: no CUDA device is usable here", "use model.device=cpu")
     return device
