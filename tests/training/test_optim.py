@@ -1,11 +1,19 @@
-"""Muon: matrices are made orthogonal, and each parameter goes to one of the two groups."""
+"""Muon: matrices are made orthogonal; every parameter goes to one group, and each area has its rate."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
-from vlmdet.training.optim import Muon, muon_groups, orthogonal
+from vlmdet.config import TrainingSettings
+from vlmdet.errors import ConfigError
+from vlmdet.models.families import area_of
+from vlmdet.models.loader import load
+from vlmdet.models.lora import train_only
+from vlmdet.training.optim import Muon, make_optimizer, muon_groups, orthogonal
 
 
 def test_orthogonal_brings_singular_values_near_one() -> None:
@@ -38,3 +46,36 @@ def test_a_step_goes_downhill_in_both_groups() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] / 2
+
+
+def areas_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, set[float]]:
+    """Return the rates that each area's parameters have in an optimizer."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    found: dict[str, set[float]] = {}
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            found.setdefault(area_of(names[id(weight)]), set()).add(group["lr"])
+    return found
+
+
+def test_areas_have_their_own_rates(small_base: Path) -> None:
+    model = load(str(small_base), min_pixels=3136, max_pixels=12544).model
+    training = TrainingSettings(method="full", learning_rate=1e-5, vision_learning_rate=2e-6, weight_decay=0.1)
+    optimizer = make_optimizer(model, training)
+    assert optimizer is not None
+    found = areas_of(optimizer, model)
+    assert found == {"vision": {2e-6}, "merger": {1e-5}, "language": {1e-5}, "embeddings": {1e-5}}
+    count = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
+    assert count == sum(weight.numel() for weight in model.parameters())
+    decays = {
+        weight.ndim > 1: group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]
+    }  # fmt: skip
+    assert decays == {True: 0.1, False: 0.0}
+
+
+def test_a_rate_for_an_area_that_does_not_train_is_refused(small_base: Path) -> None:
+    model = load(str(small_base), min_pixels=3136, max_pixels=12544).model
+    train_only(model, ["vision"])
+    assert make_optimizer(model, TrainingSettings(method="full", areas=("vision",))) is None
+    with pytest.raises(ConfigError, match=r"merger_learning_rate is 0\.001, but nothing of deepstack or merger trains"):
+        make_optimizer(model, TrainingSettings(method="full", areas=("vision",), merger_learning_rate=1e-3))
