@@ -483,6 +483,8 @@ def _limits(settings: Settings, *, needs_data: bool) -> Iterator[tuple[str, Any,
     for key in ("cache_pictures", "cache_features"):
         way_out = "augmentation makes a new picture each time: switch one of them off"
         yield f"training.{key}", True, still or not getattr(training, key), way_out
+        good = training.collator == "v3" or not getattr(training, key)
+        yield f"training.{key}", True, good, "only the collator v3 leaves the resize to the processor"
     known = ("auto", "tensorboard", "trackio", "wandb", "mlflow")
     for tracker in training.report_to:
         yield "training.report_to", tracker, tracker in known, did_you_mean(tracker, known)

@@ -2,8 +2,10 @@
 
 When: PER RUN, at every save and when a stopped run goes on; no torch.
 
-    checkpoints/checkpoint-120/   weights or adapter, processor, optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json, contract.json
-    checkpoints/best -> checkpoint-80      checkpoints/last -> checkpoint-120
+    checkpoints/checkpoint-120/    weights or adapter, processor, trainer_state.json, optimizer.pt, scheduler.pt, rng_state.pth,
+                                   contract.json
+    checkpoints/best -> checkpoint-80
+    checkpoints/last -> checkpoint-120
 
 `contract.json` is written last and deleted first, so a folder that has one is whole, wherever a process died.
 """

@@ -26,25 +26,21 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-import datasets
 import torch
 import transformers
 from trl import SFTConfig, SFTTrainer
 
 from vlmdet.config import Settings, to_yaml
 from vlmdet.contract import Contract
-from vlmdet.data.augment import augment_rows
-from vlmdet.data.collators import Qwen2VLCollatorV1, Qwen2VLCollatorV2, Qwen2VLCollatorV3
-from vlmdet.data.dataset import build_rows
 from vlmdet.data.readers import open_dataset
 from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
 from vlmdet.errors import DataError, Stopped, TrainingError
 from vlmdet.evaluation.predict import predict
-from vlmdet.grounding.sizes import plan_view
 from vlmdet.models.loader import Loaded, load, make_contract
 from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable, train_only
 from vlmdet.records import DetectionDataset, Sample
 from vlmdet.runs import find_equal, is_done, lock, new_run
+from vlmdet.training.batches import LengthGroups, cache_features, make_collator, training_rows
 from vlmdet.training.callbacks import (
     EpochCallback,
     GradNormCallback,
@@ -56,6 +52,8 @@ from vlmdet.training.callbacks import (
     choose_trackers,
 )
 from vlmdet.training.checkpoints import go_back, is_disk_full, write_done
+from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
+from vlmdet.training.losses import score_supervised_only
 from vlmdet.training.optim import make_optimizer
 from vlmdet.training.processes import check_launched, from_main, is_main, join, predict_shared, world_size
 from vlmdet.utils.environment import describe_environment, format_environment
@@ -238,8 +236,15 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         say(f"going on from {goes_on}")
 
     # 1. Rows: conversation and picture, written once; changed at every access only where augmentation is on.
+    # One that is too long is refused: nothing is ever cut.
     epochs = EpochCallback()
-    rows = training_rows(prepared, epoch=lambda: epochs.number)
+    samples, processor = prepared.dataset.splits["train"], prepared.base.processor
+    rows = training_rows(samples, settings, contract, epoch=lambda: epochs.number)
+    limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
+    tokens = count_tokens(rows, [(sample.width, sample.height) for sample in samples], processor, **limits)
+    longest = training.max_tokens or context_of(prepared.base.model.config)
+    if longest is not None:
+        refuse_long_rows(tokens, limit=longest, factor=contract.size_factor, **limits)
     steps = planned_steps(settings, len(rows))
     size = training.batch_size * training.gradient_accumulation * world_size()
     how = f"limited to {steps}" if training.max_steps else f"x {training.epochs:g} epochs -> {steps}"
@@ -311,12 +316,18 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=make_collator(prepared),
-        processing_class=prepared.base.processor,
+        data_collator=make_collator(processor, settings, contract),
+        processing_class=processor,
         peft_config=peft_config,
         callbacks=callbacks,
     )
     trainer.optimizer = make_optimizer(trainer.model, training)
+    score_supervised_only(trainer.model)
+    if training.cache_features:
+        trainer.data_collator = cache_features(trainer.model, processor, trainer.data_collator, rows, contract, say=say)
+    if training.group_by_length:
+        order = LengthGroups(tokens.total.tolist(), batch=size, seed=training.seed, epoch=lambda: epochs.number)
+        trainer._get_train_sampler = lambda dataset=None: order
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)  # it writes every log to stdout, which --json keeps clean
     if sys.stderr.isatty():
@@ -368,36 +379,6 @@ def saving_to(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def training_rows(prepared: Prepared, *, epoch: Callable[[], int] = lambda: 0) -> datasets.Dataset:
-    """Make the rows that the trainer reads: `messages`, `image`, `boxes`, `labels`, `id`; `epoch()` counts the passes."""
-    settings, contract = prepared.settings, prepared.contract
-    view_of = partial(
-        plan_view, min_pixels=contract.min_pixels, max_pixels=contract.max_pixels, factor=contract.size_factor
-    )
-    rows = build_rows(
-        prepared.dataset.splits["train"],
-        labels=contract.labels,
-        codec=contract.codec,
-        box_order=settings.data.box_order,
-        view_of=view_of,
-    )
-    chances = asdict(settings.augment)
-    if any(chances.values()):
-        rows = rows.with_transform(
-            partial(
-                augment_rows,
-                chances=chances,
-                asked=contract.labels,
-                codec=contract.codec,
-                box_order=settings.data.box_order,
-                seed=settings.training.seed,
-                epoch=epoch,
-                view_of=view_of,
-            )
-        )
-    return rows
-
-
 def planned_steps(settings: Settings, rows: int) -> int:
     """Return the number of optimiser steps: rows over batches, rounded up, times epochs, or `max_steps`."""
     training = settings.training
@@ -405,14 +386,6 @@ def planned_steps(settings: Settings, rows: int) -> int:
         return training.max_steps
     batches = math.ceil(rows / (training.batch_size * world_size()))
     return max(1, math.ceil(math.ceil(batches / training.gradient_accumulation) * training.epochs))
-
-
-def make_collator(prepared: Prepared) -> Any:
-    """Return the collator that the settings name, with the contract's pixel limits."""
-    kinds = {"v1": Qwen2VLCollatorV1, "v2": Qwen2VLCollatorV2, "v3": Qwen2VLCollatorV3}
-    return kinds[prepared.settings.training.collator](
-        prepared.base.processor, min_pixels=prepared.contract.min_pixels, max_pixels=prepared.contract.max_pixels
-    )
 
 
 def predict_watched(model: Any, *, prepared: Prepared, samples: Sequence[Sample]) -> list[dict[str, Any]]:
