@@ -85,19 +85,19 @@ def train_stages(
     When: once per command. A stage but the last that is finished already, with the same settings, data and base, is used as
     it is, unless `new`.
     """
+    below: Path | None = None
     for number, settings in enumerate(stages, 1):
         last = number == len(stages)
         if len(stages) > 1:
             say(f"\nstage {number} of {len(stages)}: {settings.name}")
+        if below is not None:
+            best = os.path.relpath((below / "checkpoints" / "best").resolve())
+            settings = replace(settings, model=replace(settings.model, name=best))
         prepared = prepare(settings, command=command, new=new, reuse=not last, say=say)
-        folder = prepared.folder if is_done(prepared.folder) else train(prepared, say=say)
-        if not last:
-            best = (folder / "checkpoints" / "best").resolve()
-            tuned = replace(stages[number].model, name=os.path.relpath(best))
-            stages = [*stages[:number], replace(stages[number], model=tuned), *stages[number + 1 :]]
-            if prepared.lock is not None:
-                prepared.lock.close()
-    return folder, prepared
+        below = prepared.folder if is_done(prepared.folder) else train(prepared, say=say)
+        if not last and prepared.lock is not None:
+            prepared.lock.close()
+    return prepared.folder, prepared
 
 
 def read_data(settings: Settings, say: Say) -> DetectionDataset:
