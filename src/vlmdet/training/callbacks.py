@@ -218,6 +218,7 @@ class IoUEvalCallback(TrainerCallback):
             return
         checkpoints = Path(str(args.output_dir))
         saved = checkpoints / f"checkpoint-{state.global_step}"
+        (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: config.yaml says it all
         self.write_contract(saved)
         point(checkpoints / "last", saved.name)
         if better or not (checkpoints / "best").exists():
