@@ -5,8 +5,8 @@ When: by hand; about an hour on two cores. What is there already is not trained 
     python scripts/compare_recipes.py drawn bccd --seeds 0 1 2
     python scripts/compare_recipes.py bccd --source ../shared/data/bccd --recipes r1-llm-only r2-vision-only --seeds 0
 
-The recipes are those of `configs/` but for what a base of 5.7 million weights needs, the same for all of them: a higher rate, more
-pictures a step, other numbers of passes (`SMALL`, `RATE`, `EPOCHS`; experiments/LOG.md has the runs that chose the rate).
+The recipes are those of `configs/` but for what a base of 5.7 million weights needs, the same for all of them: a higher rate,
+more pictures a step, other numbers of passes (`SMALL`, `RATE`, `EPOCHS`; experiments/LOG.md has the runs that chose the rate).
 Every model is scored on the test split at the step that did best on validation pictures. Figures are pooled over the seeds; an
 interval draws images, each with its answers of all seeds, and the range over seeds stands beside it.
 """
@@ -43,8 +43,8 @@ RATE = 3e-3
 """Of AdamW, for every recipe: of 1e-3, 3e-3 and 1e-2 the one with the highest F1@0.5 on validation pictures, seed 0."""
 EPOCHS = {"drawn": 2, "bccd": 6}
 NAMES = {"drawn": {"nutrition-table": "text block"}, "bccd": {"WBC": "purple blob"}}
-"""Words that the embedded base knows: with a name that it never read, a recipe that leaves the language model alone (r2) cannot say
-the answer, whatever it sees. A large base knows `nutrition table` and `white blood cell`."""
+"""Words that the embedded base knows: with a name that it never read, a recipe that leaves the language model alone (r2) cannot
+say the answer, whatever it sees. A large base knows `nutrition table` and `white blood cell`."""
 
 
 def settings_of(data: str, recipe: str, seed: int, source: Path, more: Sequence[str]) -> list[Any]:
