@@ -344,6 +344,7 @@ def _other_tokenizer(begin: str, end: str, pad: str, control: list[str], **named
 
 
 def _write_other_family(model_type: str, folder: Path) -> None:
+    import torch
     import transformers
 
     transformers.set_seed(0)
@@ -353,6 +354,10 @@ def _write_other_family(model_type: str, folder: Path) -> None:
         "internvl": _internvl,
         "idefics3": _idefics3,
     }[model_type]()
+    with torch.no_grad():  # untrained layers are so faint that no adapter could make such a model say anything
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(8)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -447,7 +452,7 @@ def _idefics3() -> tuple[Any, Any]:
 
     control = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"]
     control += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    tokenizer = _other_tokenizer("<|im_start|>", "<end_of_utterance>", "<|im_end|>", control)
+    tokenizer = _other_tokenizer("<|im_start|>", "<|endoftext|>", "<|im_end|>", control)
     config = transformers.Idefics3Config(
         text_config=_TEXT | _ids(tokenizer) | {"model_type": "llama"},
         vision_config=_VISION,

@@ -82,11 +82,11 @@ def seen_size(processor: Any) -> tuple[int, int]:
     if "do_image_splitting" in layout_of(processor).whole:
         side = images.max_image_size["longest_edge"]
         return side, side
-    size = images.size
-    height, width = getattr(size, "height", None), getattr(size, "width", None)
+    size = dict(images.size)
+    height, width = size.get("height"), size.get("width")
     if not height or not width:
         raise ModelError(
-            f"{type(processor).__name__}: pictures have no one size, but {dict(size)}",
+            f"{type(processor).__name__}: pictures have no one size, but {size}",
             "this family is not supported; Qwen-VL, PaliGemma, Florence-2, InternVL, Idefics3 and LLaVA are",
         )
     return width, height
