@@ -272,6 +272,11 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.num_processes and args.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        from vlmdet.training.launch import launch
+
+        sys.exit(launch(args.num_processes, sys.argv[1:]))
+
     from vlmdet.config import check, find_recipe, load_stages
 
     flags: dict[str, Any] = {"data": {"source": args.source, **_reading(args), **_selection(args)}}
@@ -285,13 +290,6 @@ def _train(args: argparse.Namespace) -> None:
     stages = load_stages(find_recipe(args.recipe), args.overrides, flags)
     for settings in stages:
         check(settings, needs_data=True)
-    if args.num_processes is not None and "WORLD_SIZE" not in os.environ:  # a started process has the flag as well
-        from vlmdet.training.launch import launch
-
-        code = launch(sys.argv[1:], num_processes=args.num_processes, device=stages[0].model.device, say=_say(args))
-        if code:
-            sys.exit(code)
-        return
 
     from vlmdet.training.processes import is_main
     from vlmdet.training.train import train_stages
