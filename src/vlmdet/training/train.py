@@ -300,6 +300,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         bf16=model.dtype == torch.bfloat16,
         use_cpu=model.device.type == "cpu",
         max_length=None,
+        ddp_find_unused_parameters=False,  # every row has a picture, so every trainable weight takes part in every step
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_num_workers=training.loader_workers,
