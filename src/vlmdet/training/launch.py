@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
@@ -34,15 +34,13 @@ GRACE = 120
 """Seconds that the others get to save and end, once one process has ended or the launcher was told to stop."""
 
 
-def launch(
-    words: Sequence[str], *, num_processes: int, device: str = "auto", say: Callable[[str], None] = print
-) -> int:
+def launch(num_processes: int, words: Sequence[str]) -> int:
     """Run `vlmdet WORDS` in several processes and wait for them.
 
     When: `vlmdet train … --num-processes N`.
 
-    Input: `words`, the command line behind `vlmdet`; `num_processes`, two or more; `device`, as `model.device`: without a
-    GPU, or with `cpu`, the processes share the CPU and talk over gloo, else each takes a GPU of its own.
+    Input: `num_processes`, two or more; `words`, the command line behind `vlmdet`. Without a GPU, or with `model.device=cpu`,
+    the processes share the CPU and talk over gloo, else each takes a GPU of its own.
     Output: the exit code: 0; that of the process that failed first, 128 + signal where one was killed; 128 + signal where the
     launcher itself was told to stop and the processes have saved. All have ended when it returns.
 
@@ -56,7 +54,7 @@ def launch(
         )
     if num_processes < 2:
         raise ConfigError(f"--num-processes is {num_processes}", "give two or more, or leave it out")
-    cpu = device == "cpu" or not torch.cuda.is_available()
+    cpu = "model.device=cpu" in words or not torch.cuda.is_available()
     if not cpu and num_processes > torch.cuda.device_count():
         raise ConfigError(
             f"--num-processes is {num_processes}, and there are {torch.cuda.device_count()} GPUs",
@@ -90,7 +88,7 @@ def launch(
         rank, failure = error.get_first_failure()
         code = failure.exitcode
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        say(f"process {rank} of {num_processes} ended with {how}; the others were stopped")
+        print(f"process {rank} of {num_processes} ended with {how}; the others were stopped", file=sys.stderr)
         return code if code >= 0 else 128 - code
     except SignalException as error:
         return 128 + int(error.sigval)

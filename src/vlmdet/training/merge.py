@@ -32,8 +32,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from vlmdet.boxes import Boxes
 from vlmdet.config import Settings, load_settings
 from vlmdet.contract import Contract, refuse_mismatch
-from vlmdet.data.collators import collate_prompts
-from vlmdet.data.dataset import build_messages
 from vlmdet.data.synthetic.packages import draw_package
 from vlmdet.errors import ConfigError, DataError, ImageError, ModelError, did_you_mean
 from vlmdet.evaluation.compare import paired_difference
@@ -60,10 +58,10 @@ SPARE = 64 * 2**20
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model said: `rows` of `predictions.jsonl`, and for each its `logits` (answer tokens + 1, vocabulary) float32."""
+    """What a model said: n `rows` of `predictions.jsonl`, and `logits` (n, tokens, vocabulary) float32."""
 
     rows: list[dict[str, Any]]
-    logits: list[torch.Tensor]
+    logits: torch.Tensor
 
 
 def merge_run(
@@ -81,8 +79,8 @@ def merge_run(
 
     Raises:
         ConfigError: several processes, an `out` that holds something, or an unknown dtype.
-        ModelError: the run was fully tuned, its base is quantised on disk or does not fit the contract, the disk is too
-            small, or the merged weights do not do what base + adapter does.
+        ModelError: the run was fully tuned, its base is quantised on disk or is not the contract's, the disk is too small, or
+            the merged weights do not do what base + adapter does.
         DataError: no such run.
     """
     _refuse_processes()
@@ -100,16 +98,10 @@ def merge_run(
 
     say(f"base: {stages.weights}, loaded in float32 on the CPU; adapters, in order: {_listed(stages.adapters)}")
     tuned = load(str(last), dtype="float32", device="cpu")
-    if getattr(tuned.model, "is_quantized", False):
-        raise ModelError(
-            f"{stages.weights}: its weights are quantised on disk, and merging would round every update away",
-            "train on the unquantised base; model.quantization=nf4 quantises while it loads",
-        )
     refuse_mismatch(contract, _contract_now(tuned, contract))
     _refuse_full_disk(folder, tuned.model, kept)
     samples, where = _pictures(settings)
     before = look(tuned.model, tuned.processor, samples, contract)
-    texts = [row["text"] for row in before.rows]
 
     part = folder.with_name(f".{folder.name}.part")
     if part.exists():
@@ -119,13 +111,13 @@ def merge_run(
         model = merge_adapter(tuned.model)
         rounding = None
         if kept != "float32":
-            verified = _verify(before, look(model, tuned.processor, samples, contract, answers=texts), where, say=say)
+            verified = _verify(before, look(model, tuned.processor, samples, contract), where, say=say)
             model.to(DTYPES[kept])
         _write(part, model, tuned.processor, contract, run)
         del model
         plain = load_plain(part, tuned)
         refuse_mismatch(contract, _contract_now(plain, contract))
-        after = look(plain.model, plain.processor, samples, contract, answers=texts)
+        after = look(plain.model, plain.processor, samples, contract)
         if kept == "float32":
             verified = _verify(before, after, where, say=say)
         else:
@@ -191,44 +183,43 @@ def load_plain(folder: Path, like: Loaded) -> Loaded:
     return Loaded(model.eval(), processor, like.base, like.base_fingerprint, like.contract)
 
 
-@torch.inference_mode()
-def look(
-    model: Any, processor: Any, samples: Sequence[Sample], contract: Contract, *, answers: Sequence[str] | None = None
-) -> Seen:
-    """Let a model answer on pictures, and keep the logits of every token of an answer.
-
-    Input: a model and processor; n `samples`; the run's `contract`; `answers`, n texts to take logits on, those of another
-    model, so that both see the same tokens. None: the model's own.
-    """
-    pixels = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
-    longest = int(contract.decoding["max_new_tokens"])
-    rows = predict(model, processor, samples, contract=contract, batch_size=ROWS, max_new_tokens=longest)
-    logits = []
-    for sample, text in zip(samples, answers or [row["text"] for row in rows], strict=True):
-        batch = collate_prompts(processor, [build_messages(contract.labels)], [sample.image], **pixels)
-        ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
-        batch["input_ids"] = torch.cat([batch["input_ids"], ids], dim=1)
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        if "mm_token_type_ids" in batch:
-            batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(ids)], dim=1)
-        logits.append(model(**batch, logits_to_keep=ids.shape[1] + 1).logits[0].float())
-    return Seen(rows, logits)
+def look(model: Any, processor: Any, samples: Sequence[Sample], contract: Contract) -> Seen:
+    """Let a model answer on pictures in one batch, and keep the logits from which it chose each token."""
+    steps: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: steps.append(output[:, -1].float().clone()))
+    try:
+        rows = predict(
+            model,
+            processor,
+            samples,
+            contract=contract,
+            batch_size=len(samples),
+            max_new_tokens=int(contract.decoding["max_new_tokens"]),
+        )
+    finally:
+        hook.remove()
+    return Seen(rows, torch.stack(steps, dim=1))
 
 
 def compare_seen(before: Seen, after: Seen) -> dict[str, Any]:
-    """Set what two models said about the same tokens side by side.
+    """Set what two models said side by side.
 
     Output: `{"rows": 8, "identical_rows": 8, "boxes": 11, "max_logit_difference": 1.9e-06}`; `boxes` of the first model;
-    rows are identical where boxes, labels and status are.
+    rows are identical where boxes, labels and status are. Logits are compared up to and with the first token in which the
+    answers on a picture differ: from there on the models do not look at the same text.
     """
     keys = ("boxes", "labels", "status")
     same = [all(a[key] == b[key] for key in keys) for a, b in zip(before.rows, after.rows, strict=True)]
-    largest = [float((a - b).abs().max()) for a, b in zip(before.logits, after.logits, strict=True)]
+    count = min(before.logits.shape[1], after.logits.shape[1])
+    one, other = before.logits[:, :count], after.logits[:, :count]
+    differs = (one.argmax(-1) != other.argmax(-1)).cumsum(1)
+    before_it = torch.cat([torch.zeros_like(differs[:, :1]), differs[:, :-1]], dim=1) == 0
     return {
         "rows": len(same),
         "identical_rows": sum(same),
         "boxes": sum(len(row["boxes"]) for row in before.rows),
-        "max_logit_difference": max(largest),
+        "max_logit_difference": float((one - other).abs().amax(-1)[before_it].max()),
     }
 
 
