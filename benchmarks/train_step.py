@@ -140,7 +140,6 @@ def train(side: str, folder: Path, count: int, epochs: int, scratch: Path, turns
         remove_unused_columns=False,
         dataloader_num_workers=int("worker" in levers),
         dataloader_persistent_workers="worker" in levers,
-        train_sampling_strategy="group_by_length" if "grouped" in levers else "random",
         save_strategy="no",
         logging_steps=1,
         report_to="none",
@@ -179,6 +178,7 @@ def build_ours(
 
     from vlmdet.data.collators import Qwen2VLCollatorV3
     from vlmdet.data.resized import ResizedCollator, ResizedPictures, undecoded
+    from vlmdet.training.batches import LengthGroups
     from vlmdet.training.callbacks import GradNormCallback
     from vlmdet.training.lengths import count_tokens
     from vlmdet.training.losses import score_supervised_only
@@ -189,9 +189,6 @@ def build_ours(
     limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     rows = photographs.training_rows(folder, count)
     collator: Any = Qwen2VLCollatorV3(processor, **limits)
-    if "grouped" in levers:
-        sizes = [row["size"] for row in photographs.read(folder, count)]
-        rows = rows.add_column("length", count_tokens(rows, sizes, processor, **limits).total.tolist())
     if "pictures" in levers:
         pictures = ResizedPictures(scratch / "pictures", processor.image_processor, **limits)
         rows, collator = undecoded(rows), ResizedCollator(collator, pictures)
@@ -201,6 +198,11 @@ def build_ours(
         callbacks=[GradNormCallback(), in_turns],
         **common,
     )
+    if "grouped" in levers:
+        sizes = [row["size"] for row in photographs.read(folder, count)]
+        lengths = count_tokens(rows, sizes, processor, **limits).total.tolist()
+        order = LengthGroups(lengths, batch=BATCH * ACCUMULATION, seed=0, epoch=lambda: int(trainer.state.epoch or 0))
+        trainer._get_train_sampler = lambda dataset=None: order
     if "logits" in levers:
         score_supervised_only(trainer.model)
     if "features" in levers:

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.data.collators import Qwen2VLCollatorV3
 from vlmdet.data.dataset import build_messages, conversation_features
-from vlmdet.data.resized import undecoded
+from vlmdet.data.resized import ResizedCollator, ResizedPictures, undecoded
 from vlmdet.errors import ConfigError, TrainingError
 from vlmdet.training import vision_cache
 from vlmdet.training.vision_cache import FeatureCollator, FrozenFeatures
@@ -87,6 +87,17 @@ def test_loss_and_gradients_are_those_with_pixels(
     for name, gradient in gradients(model, found.loss).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
     assert features.fill(model, rows).encoded == 0  # nothing is computed twice
+
+
+def test_features_take_the_place_of_resized_pictures(family_base: Callable[[str], Path], tmp_path: Path) -> None:
+    model, processor = frozen(family_base("qwen2_vl"))
+    rows = undecoded(rows_of((100, 80)))
+    features = FrozenFeatures(model, processor, tmp_path / "features", **LIMITS)
+    features.fill(model, rows)
+    pictures = ResizedPictures(tmp_path / "pictures", processor.image_processor, **LIMITS)
+    batch = FeatureCollator(ResizedCollator(Qwen2VLCollatorV3(processor, **LIMITS), pictures), features)([rows[0]])
+    assert batch["mm_encoder_outputs"]["image"].pooler_output[0].shape == (12, 64)  # 4 x 3 tokens of 28 x 28 pixels
+    assert list((tmp_path / "pictures").iterdir()) == []
 
 
 def test_a_file_holds_the_grid_and_a_vector_for_each_token(family_base: Callable[[str], Path], tmp_path: Path) -> None:

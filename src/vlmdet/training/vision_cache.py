@@ -21,15 +21,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
+from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from vlmdet.data.collators import EncodedPicture
-from vlmdet.data.resized import picture_bytes, picture_key, processing_settings, undecoded, write_whole
+from vlmdet.data.resized import (
+    ResizedCollator,
+    picture_bytes,
+    picture_key,
+    processing_settings,
+    undecoded,
+    write_whole,
+)
 from vlmdet.errors import ConfigError, TrainingError
 from vlmdet.images import open_image
 
@@ -78,7 +87,8 @@ class FrozenFeatures:
     def fill(self, model: nn.Module, rows: datasets.Dataset, *, batch_size: int = 8) -> Filled:
         """Encode every picture that is not there yet.
 
-        When: once per run, before the first step. Of several processes each takes its share (`rows.shard`), and all wait.
+        When: once per run, before the first step. Of several processes each takes its share; then each looks again, and computes
+        what the others wrote to a disk that it does not see.
 
         Input: the model; rows of `data.dataset.build_rows`; `batch_size`, pictures per pass of the tower.
 
@@ -86,9 +96,22 @@ class FrozenFeatures:
             ImageError: a picture is missing or broken.
             TrainingError: the disk has no room for the features.
         """
-        started, encoded, written = time.perf_counter(), 0, 0
+        started = time.perf_counter()
         rows = undecoded(rows).select_columns(["id", "image"])
-        for first in range(0, len(rows), batch_size):
+        state = PartialState()
+        encoded, written = 0, 0
+        if state.num_processes > 1:
+            share = rows.shard(state.num_processes, state.process_index, contiguous=True)
+            encoded, written = self._fill(model, share, batch_size)
+            state.wait_for_everyone()
+        more = self._fill(model, rows, batch_size)
+        seconds = time.perf_counter() - started
+        return Filled(len(rows), encoded + more[0], seconds, (written + more[1]) / 1e6)
+
+    def _fill(self, model: nn.Module, rows: datasets.Dataset, batch_size: int) -> tuple[int, int]:
+        """Encode what is missing; returns the number of pictures and of bytes written."""
+        encoded, written = 0, 0
+        for first in tqdm(range(0, len(rows), batch_size), "features", delay=2, leave=False, disable=None):
             missing: dict[Path, Image.Image] = {}
             for row in rows.select(range(first, min(first + batch_size, len(rows)))):
                 data = picture_bytes(row["image"], f"row {row['id']}")
@@ -107,7 +130,7 @@ class FrozenFeatures:
                 except OSError as error:
                     raise _full(self.folder, needed) from error
                 encoded, written = encoded + 1, written + len(content)
-        return Filled(len(rows), encoded, time.perf_counter() - started, written / 1e6)
+        return encoded, written
 
     def load(self, image: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
         """Return `grid` (3,) int64, `features` (tokens, width), and `deepstack_0`, … of a row's undecoded picture.
@@ -151,12 +174,13 @@ class FeatureCollator:
     Qwen-VL models of transformers 5.24 take, `{"image": output}`; their forward then leaves the tower out.
 
     Args:
-        collator: a `Qwen2VLCollatorV3`.
+        collator: a `Qwen2VLCollatorV3`, or one in a `ResizedCollator`, which is then not needed.
         features: filled with every picture.
     """
 
     def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], Any], features: FrozenFeatures) -> None:
-        self.collator = collator
+        # features take the place of resized pictures, which would ask for the picture
+        self.collator = collator.collator if isinstance(collator, ResizedCollator) else collator
         self.features = features
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
