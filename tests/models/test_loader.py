@@ -46,7 +46,7 @@ def test_bad_folders_are_refused(here: Path) -> None:
     assert "no config.json" in (text := refusal("./set", **LIMITS))
     assert "picture.jpg" in text
     (here / "set" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert "'llama', which is not supported; there is: qwen2_vl" in refusal("./set", **LIMITS)
+    assert "'llama', which reads no pictures; take a qwen2_vl" in refusal("./set", **LIMITS)
     (here / "set" / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     torch.save({}, here / "set" / "pytorch_model.bin")  # a pickle is no weights
     assert "cannot be loaded" in refusal("./set", **LIMITS)

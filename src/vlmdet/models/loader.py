@@ -21,17 +21,18 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 import vlmdet
 from vlmdet.contract import SCHEMA, Contract
 from vlmdet.errors import ConfigError, ModelError
-from vlmdet.grounding import get_codec
-from vlmdet.grounding.codec import escape_label
-from vlmdet.grounding.prompts import SYSTEM_PROMPT, build_user_prompt
+from vlmdet.grounding import PIXEL_CODECS, get_codec
+from vlmdet.grounding.questions import question_of
 from vlmdet.models.families import AREA_PATTERNS, FAMILIES, area_of, codec_of, is_quantised
 from vlmdet.models.fingerprint import fingerprint, weight_files
 from vlmdet.models.lora import refuse_zero_adapter
+from vlmdet.models.processors import is_other_family, pixel_limits, seen_size, show_whole_pictures
 from vlmdet.models.stages import stages_of
 from vlmdet.models.tiny import TINY_DIR
 
@@ -89,7 +90,7 @@ def load(
     Output: of a run whose base is a run: stages below are merged in memory, and the named one's adapter lies on top.
 
     Raises:
-        ModelError: not found, of no family that is supported, weights that are no safetensors or quantised already, no pixel
+        ModelError: not found, no model that reads pictures, weights that are no safetensors or quantised already, no pixel
             limits, bitsandbytes missing, or a base that is not the one that a contract names.
         ConfigError: 4 bits were asked for below an adapter that must be merged first.
         TrainingError: the adapter of a run is empty or all zero.
@@ -207,7 +208,7 @@ def _config_of(name: str) -> tuple[str, Any]:
     """Return where a base lies and its configuration.
 
     Raises:
-        ModelError: there is none, its family is not supported, or its weights are quantised already.
+        ModelError: there is none, it reads no pictures, or its weights are quantised already.
     """
     path = str(TINY_DIR) if name == "tiny" else name
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
@@ -216,9 +217,10 @@ def _config_of(name: str) -> tuple[str, Any]:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
-    if config.model_type not in FAMILIES:
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ModelError(
-            f"{name} is a '{config.model_type}', which is not supported", f"there is: {', '.join(FAMILIES)}"
+            f"{name} is a '{config.model_type}', which reads no pictures",
+            f"take a {', '.join(FAMILIES)}, or another that does",
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
@@ -236,7 +238,7 @@ def build_skeleton(name: str, *, quantization: Quantization = "none", quantize_v
     Input: `tiny`, a hub id, or a folder that may hold a `config.json` alone; a run or checkpoint counts as its base.
     `quantization`, `quantize_vision` as in `load`: weights that would be held in 4 bits are marked, so that
     `parameters_by_area` counts them as quantised; bitsandbytes is not needed.
-    Output: a model on torch's `meta` device. An adapter goes on by `peft.get_peft_model`, as on a real one.
+    Output: a model on torch's `meta` device; `lora.count_adapter` and `lora.train_only` say what of it would train.
 
     Raises:
         ModelError: as `load`.
@@ -255,25 +257,36 @@ def build_skeleton(name: str, *, quantization: Quantization = "none", quantize_v
 
 
 def load_processor(name: str, *, min_pixels: int | None, max_pixels: int | None) -> Any:
-    """Load the processor of a base or run, with explicit pixel limits.
+    """Load the processor of a base or run, with explicit pixel limits; of a family with one size, without.
 
     Raises:
-        ModelError: there is none, or limits are missing for another base than `tiny`.
+        ModelError: there is none, or limits are missing for another Qwen-VL than `tiny`, or differ from a family's one size.
     """
     if name == "tiny":
         name = str(TINY_DIR)
         size = json.loads((TINY_DIR / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]["size"]
         min_pixels = size["shortest_edge"] if min_pixels is None else min_pixels
         max_pixels = size["longest_edge"] if max_pixels is None else max_pixels
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{name}: no processor ({' '.join(str(error).split())[:300]})") from error
+    if is_other_family(processor):
+        show_whole_pictures(processor)
+        width, height = seen_size(processor)
+        for limit in (min_pixels, max_pixels):
+            if limit is not None and limit != width * height:
+                raise ModelError(
+                    f"{name} sees every picture at {width} x {height}, so that a limit of {limit} pixels cannot hold",
+                    "leave model.min_pixels and model.max_pixels out",
+                )
+        processor.tokenizer.padding_side = "right"
+        return processor
     if min_pixels is None or max_pixels is None:
         raise ModelError(
             f"{name}: no pixel limits; the processor's own limit lets one picture cost up to 16,384 tokens",
             "set model.min_pixels and model.max_pixels, e.g. 12544 and 1003520",
         )
-    try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: no processor ({' '.join(str(error).split())[:300]})") from error
     processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     processor.tokenizer.padding_side = "right"
     return processor
@@ -294,18 +307,30 @@ def make_contract(
 
     Input: a loaded model; `labels` that are asked for; `codec`, `auto` for the family's own; the rest as it goes into the
     contract.
+
+    Raises:
+        ConfigError: the codec writes pixels as Qwen-VL resizes, and the model is another.
     """
     processor = loaded.processor
+    codec = codec_of(loaded.model, codec)
+    if codec in PIXEL_CODECS and is_other_family(processor):
+        raise ConfigError(
+            f"{codec} writes pixels of the picture as Qwen-VL resizes it, and {loaded.base} is a "
+            f"{loaded.model.config.model_type}",
+            "leave model.codec at auto",
+        )
+    system_prompt, user_prompt = question_of(codec, labels)
+    min_pixels, max_pixels, size_factor = pixel_limits(processor)
     return Contract(
         schema=SCHEMA,
-        system_prompt=SYSTEM_PROMPT,
-        user_prompt=build_user_prompt([escape_label(label) for label in labels]),
-        template_sha256=hashlib.sha256(processor.chat_template.encode()).hexdigest(),
-        codec=codec_of(loaded.model, codec),
-        codec_version=get_codec(codec_of(loaded.model, codec)).VERSION,
-        min_pixels=processor.image_processor.size["shortest_edge"],
-        max_pixels=processor.image_processor.size["longest_edge"],
-        size_factor=processor.image_processor.patch_size * processor.image_processor.merge_size,
+        system_prompt=system_prompt,
+        user_prompt=user_prompt,
+        template_sha256=hashlib.sha256((processor.chat_template or "").encode()).hexdigest(),
+        codec=codec,
+        codec_version=get_codec(codec).VERSION,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        size_factor=size_factor,
         box_order=box_order,
         labels=tuple(labels),
         base_model=loaded.base,

@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from vlmdet.errors import ConfigError, TrainingError, did_you_mean
@@ -98,6 +98,18 @@ def build_lora_config(
         use_rslora=rslora,
         task_type="CAUSAL_LM",
     )
+
+
+def count_adapter(skeleton: nn.Module, config: LoraConfig) -> dict[str, dict[str, int]]:
+    """Count what an adapter would train, without making its numbers.
+
+    When: per plan.
+
+    Input: a model of `loader.build_skeleton`, which is wrapped and of no further use; `config` of `build_lora_config`.
+    Output: parameters by area, see `parameters_by_area`.
+    """
+    wrapped = get_peft_model(skeleton, config, low_cpu_mem_usage=True)  # else each matrix is drawn at random first
+    return parameters_by_area(wrapped.named_parameters())
 
 
 def train_only(model: nn.Module, areas: Sequence[str]) -> dict[str, dict[str, int]]:
