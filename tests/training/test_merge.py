@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from vlmdet.cli import main
 from vlmdet.config import load_settings, to_yaml
 from vlmdet.contract import Contract
 from vlmdet.data.synthetic.packages import write_drawn_set
+from vlmdet.errors import ConfigError, ContractError, DataError, ModelError
 from vlmdet.models.loader import load, make_contract
-from vlmdet.training.merge import merge_run
+from vlmdet.training import merge
+from vlmdet.training.merge import merge_adapter, merge_run
 from vlmdet.training.train import prepare, train
 
 LIMITS = {"min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28}
@@ -50,7 +52,7 @@ def write_adapter(folder: Path, base: Path | str, *, seed: int = 0, **options: A
                 weight.add_(0.05 * torch.randn_like(weight))
     model.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
-    dataclasses.replace(contract, base_model=str(base)).write(folder)
+    contract.write(folder)
     return folder
 
 
@@ -191,3 +193,91 @@ def test_stages_are_merged_in_order(small_base: Path) -> None:
     assert [Path(stage["folder"]).resolve() for stage in result["stages"]] == [first.resolve(), second.resolve()]
     assert [stage["contract"]["base_model"] for stage in result["stages"]] == [str(small_base), str(first.resolve())]
     assert Contract.read(Path("runs/two/001/merged")) == Contract.read(second)
+
+
+def left_behind(run: str) -> list[str]:
+    return sorted(path.name for path in Path(run).iterdir())
+
+
+def test_weights_that_do_something_else_are_not_kept(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run("cells", small_base)
+    before = left_behind("runs/cells/001")
+    forgetful = (lambda model: model.unload(), r"do not do what base \+ adapter does")
+    broken = (lambda model: with_nan(merge_adapter(model)), "nan")
+    for how, word in (forgetful, broken):
+        monkeypatch.setattr(merge, "merge_adapter", how)
+        with pytest.raises(ModelError, match=word):
+            merge_run("cells", say=quiet)
+        assert left_behind("runs/cells/001") == before
+
+
+def with_nan(model: Any) -> Any:
+    with torch.no_grad():
+        model.model.language_model.norm.weight[0] = float("nan")
+    return model
+
+
+def test_rounded_weights_are_half_the_size_and_the_effect_is_measured(small_base: Path) -> None:
+    write_run("cells", small_base)
+    said: list[str] = []
+    exact = merge_run("cells", out=Path("exact"), say=quiet)
+    rounded = merge_run("cells", out=Path("rounded"), dtype="bfloat16", say=said.append)
+    sizes = [(Path(name) / "model.safetensors").stat().st_size for name in ("exact", "rounded")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+    assert exact["rounding"] is None
+    # bfloat16 keeps 8 bits, float32 24: the one difference must be thousands of times the other
+    assert rounded["rounding"]["max_logit_difference"] > 100 * rounded["verified"]["max_logit_difference"]
+    assert any("rounding the weights to bfloat16" in line for line in said)
+    assert json.loads(Path("rounded/config.json").read_text())["dtype"] == "bfloat16"
+    assert load("rounded").contract == Contract.read(Path("runs/cells/001"))
+
+
+def test_what_a_four_bit_base_changes_is_measured(small_base: Path, here: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    source = write_drawn_set(here / "drawn", train=2, val=4)
+    write_run("cells", small_base)
+    config = Path("runs/cells/001/config.yaml")
+    four = ["model.quantization=nf4", f"data.source={source}", "evaluation.max_new_tokens=6", "evaluation.resamples=50"]
+    config.write_text(to_yaml(load_settings(config, four)))
+    said: list[str] = []
+    result = merge_run("cells", say=said.append)
+    assert (result["nf4"]["split"], result["nf4"]["n"]) == ("val", 4)
+    assert {"nf4", "merged", "difference"} == set(result["nf4"]["f1_50"])
+    assert any("f1_50 on val, 4-bit base + adapter and merged" in line for line in said)
+    assert {path.name for path in Path("runs/cells/001/eval/val").iterdir()} == {"nf4", "merged"}
+    assert merge_run("cells", out=Path("again"), skip_eval=True, say=quiet)["nf4"] is None
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(
+    small_base: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="no finished run"):
+        merge_run("cells", say=quiet)
+    best = write_run("cells", small_base)
+    (here / "full").mkdir()
+    (here / "full" / "mine.txt").touch()
+    with pytest.raises(ConfigError, match="there already"):
+        merge_run("cells", out=Path("full"), say=quiet)
+    with pytest.raises(ConfigError, match="there already"):
+        merge_run("cells", out=Path("full/mine.txt"), say=quiet)
+    with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
+        merge_run("cells", dtype="bfloat", say=quiet)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match="2 processes"):
+            merge_run("cells", say=quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        with pytest.raises(ModelError, match=r"0\.0 GiB free"):
+            merge_run("cells", say=quiet)
+    contract = json.loads((best / "contract.json").read_text())
+    (best / "contract.json").write_text(json.dumps(contract | {"base_fingerprint": "0" * 16}))
+    with pytest.raises(ModelError, match="fingerprint"):
+        merge_run("cells", say=quiet)
+    (best / "contract.json").write_text(json.dumps(contract | {"template_sha256": "0" * 64}))
+    with pytest.raises(ContractError, match="template_sha256"):
+        merge_run("cells", say=quiet)
+    (best / "adapter_config.json").rename(best / "config.json")
+    with pytest.raises(ModelError, match="whole already"):
+        merge_run("cells", say=quiet)
+    assert left_behind("runs/cells/001") == ["checkpoints", "config.yaml", "contract.json"]

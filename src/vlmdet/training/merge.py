@@ -18,7 +18,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -284,13 +284,19 @@ def _compare_nf4(
     for metric in ("f1_50", "mean_best_iou"):
         change = paired_difference(rows["nf4"], rows["merged"], metric=metric, labels_asked=contract.labels)
         result[metric] = {which: figures[which][metric] for which in figures} | {"difference": change}
-        verdict = "" if change["separable"] else ", not separable"
-        say(
-            f"{metric} on {split}: 4-bit base + adapter {format_figure(figures['nf4'][metric])}, "
-            f"merged {format_figure(figures['merged'][metric])}, difference {change['value']:+.3f} "
-            f"({change['low']:+.3f} to {change['high']:+.3f}), paired, n = {change['n']}{verdict}"
-        )
+        both = " and ".join(f"{which} {format_figure(figures[which][metric])}" for which in figures)
+        say(f"{metric} on {split}, 4-bit base + adapter and merged: {both}; {_format_change(change)}")
     return result
+
+
+def _format_change(change: Mapping[str, Any]) -> str:
+    if change["value"] is None or change["low"] is None:
+        return "the difference is undefined"
+    verdict = "" if change["separable"] else ", not separable"
+    return (
+        f"difference {change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f}), paired, "
+        f"n = {change['n']}{verdict}"
+    )
 
 
 def _write(folder: Path, model: Any, processor: Any, contract: Contract, run: Path) -> None:
