@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
@@ -101,6 +102,7 @@ class _Loopback(StaticTCPRendezvous):
     """Torch's own meeting point for one machine, whose store listens on the loopback alone, at a port that is free."""
 
     NAME = "loopback"
+    _store: Any  # the parent's, None until the processes meet
 
     @classmethod
     def make(cls, parameters: RendezvousParameters) -> _Loopback:
