@@ -12,6 +12,7 @@ relative to the whole picture, and the pixel limits of a run must say what the m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -90,3 +91,16 @@ def seen_size(processor: Any) -> tuple[int, int]:
             "this family is not supported; Qwen-VL, PaliGemma, Florence-2, InternVL, Idefics3 and LLaVA are",
         )
     return width, height
+
+
+def pixel_limits(processor: Any) -> tuple[int, int, int]:
+    """Return min_pixels, max_pixels and size factor of a loaded processor, as a contract holds them.
+
+    When: once per run, for the contract. Where a model sees every picture at one size, both limits are its area and the factor
+    is its side: 50176, 50176 and 224 for PaliGemma at 224 x 224.
+    """
+    images = processor.image_processor
+    if is_other_family(processor):
+        width, height = seen_size(processor)
+        return width * height, width * height, math.gcd(width, height)
+    return images.size["shortest_edge"], images.size["longest_edge"], images.patch_size * images.merge_size
