@@ -134,7 +134,7 @@ def train(side: str, folder: Path, count: int, epochs: int, scratch: Path, turns
         learning_rate=settings.training.learning_rate,
         lr_scheduler_type=settings.training.schedule,
         max_length=None,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,  # TRL's own default recomputes
         use_cpu=True,
         bf16=False,
         remove_unused_columns=False,
@@ -358,7 +358,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "photographs"
         alone("draw", folder, max(args.rows, *args.memory_rows, 1))
-        tokens = int(alone("tokens", folder, args.rows).split()[-1])
+        tokens = int(alone("tokens", folder, args.rows))
         sides = [Side(name, folder, args.rows, args.epochs) for name in args.sides]
         for epoch in range(args.epochs):
             for side in sides:
