@@ -173,3 +173,29 @@ def test_planned_steps_round_up(rows: int, batch: int, accumulation: int, epochs
         ],
     )
     assert planned_steps(settings, rows) == steps
+
+
+def test_a_long_run_passes_the_gate_first(one_picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    long = ["training.max_steps=101", "training.epochs=101", "training.overfit_gate=true", "training.method=full"]
+    prepared = prepare(settings_for(one_picture, *long, "training.learning_rate=1e-3"), say=quiet)
+    before = {name: weight.clone() for name, weight in prepared.base.model.named_parameters()}
+    seen: list[bool] = []
+
+    def stop(self: object, args: object, state: object, control: object, **kwargs: object) -> None:
+        now = dict(kwargs["model"].named_parameters())  # type: ignore[attr-defined]
+        seen.append(all(torch.equal(before[name], now[name]) for name in before))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlmdet.training.callbacks.EpochCallback.on_epoch_begin", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(prepared, say=lines.append)
+    assert any(line.startswith("overfit gate") and "loss" in line for line in lines)
+    assert seen == [True]  # the gate put every weight back before the first step
+
+
+def test_the_gate_stops_a_run_that_learns_nothing(one_picture: Path) -> None:
+    still = ["training.max_steps=101", "training.overfit_gate=true", "training.learning_rate=1e-12"]
+    prepared = prepare(settings_for(one_picture, *still), say=quiet)
+    with pytest.raises(TrainingError, match=r"overfit gate: .* not generated back .*training\.overfit_gate=false"):
+        train(prepared, say=quiet)

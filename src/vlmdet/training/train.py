@@ -30,7 +30,7 @@ import torch
 import transformers
 from trl import SFTConfig, SFTTrainer
 
-from vlmdet.config import Settings, to_yaml
+from vlmdet.config import AugmentSettings, Settings, to_yaml
 from vlmdet.contract import Contract
 from vlmdet.data.readers import open_dataset
 from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
@@ -52,6 +52,7 @@ from vlmdet.training.callbacks import (
     choose_trackers,
 )
 from vlmdet.training.checkpoints import go_back, is_disk_full, write_done
+from vlmdet.training.gate import ROWS, STEPS, GateResult, choose_rows, format_gate, gate_rates, overfit_gate
 from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
 from vlmdet.training.losses import score_supervised_only
 from vlmdet.training.optim import make_optimizer
@@ -339,6 +340,9 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
 
     # 5. What will train, before the first step; nothing trainable is an error.
     say(format_areas(refuse_untrainable(trainer.model)))
+    if training.overfit_gate and goes_on is None and steps > STEPS:
+        say(f"overfit gate: {ROWS} rows …")
+        say(format_gate(learn_by_heart(trainer.model, prepared)))
     transformers.set_seed(training.seed)
     with saving_to(folder):
         trainer.train(resume_from_checkpoint=str(goes_on) if goes_on else None)
@@ -355,6 +359,30 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     say(f"best checkpoint: {best} (F1@0.5 {f1:.3f}, mean best IoU {iou:.3f} on {len(watched)} val pictures)")
     say(f"trained in {time.monotonic() - started:.0f} s")
     return folder
+
+
+def learn_by_heart(model: Any, prepared: Prepared) -> GateResult:
+    """Run the overfit gate with the run's own collator, rates and contract, on pictures as they are.
+
+    Raises:
+        TrainingError: the rows were not generated back.
+    """
+    settings, contract = prepared.settings, prepared.contract
+    plain = replace(
+        settings,
+        augment=AugmentSettings(),
+        training=replace(settings.training, cache_pictures=False, cache_features=False),
+    )
+    rows = training_rows(prepared.dataset.splits["train"], plain, contract)
+    return overfit_gate(
+        model,
+        prepared.base.processor,
+        [rows[i] for i in choose_rows(rows)],
+        collator=make_collator(prepared.base.processor, plain, contract),
+        contract=contract,
+        learning_rates=gate_rates(settings.training),
+        batch_size=min(ROWS, settings.training.batch_size),
+    )
 
 
 def keep_exact(model: Any) -> None:
