@@ -109,6 +109,24 @@ def build_parser() -> argparse.ArgumentParser:
     _add_overrides(train)
     _add_json(train)
 
+    plan = _verb(
+        verbs, "plan", _plan, "what a run would read, train, need and take; nothing is started",
+        [
+            "vlmdet plan FOLDER --recipe tiny",
+            "vlmdet plan --recipe r1-llm-only --model FOLDER",
+            "vlmdet plan FOLDER --recipe r4-joint --model Qwen/Qwen2-VL-2B-Instruct --json",
+        ],
+    )  # fmt: skip
+    plan.add_argument(
+        "source", metavar="SOURCE", nargs="?", help="as for train; without it only what concerns the model"
+    )
+    plan.add_argument("--recipe", default="tiny", help="name or file of a recipe (default: tiny)")
+    plan.add_argument("--model", help="tiny, a hub id, a folder of weights, or one of a configuration alone")
+    plan.add_argument("--num-processes", type=int, metavar="N", help="processes that would share the work")
+    _add_selection(plan)
+    _add_overrides(plan)
+    _add_json(plan)
+
     inspect = _verb(
         verbs, "inspect", _inspect, "what is in a data set: one screen, and a page of pictures with their boxes",
         [
@@ -302,6 +320,32 @@ def _train(args: argparse.Namespace) -> None:
     say(f"  vlmdet predict PICTURE.jpg --model {folder}")
     if args.json and is_main():
         print(json.dumps({"run": str(folder)}))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from vlmdet.config import find_recipe, load_stages
+
+    overrides, source = list(args.overrides), args.source
+    if source and "=" in source and not Path(source).exists():  # no SOURCE, and a setting in its place
+        overrides, source = [source, *overrides], None
+    flags: dict[str, Any] = {"data": {"source": source or "", **_reading(args), **_selection(args)}}
+    if args.model:
+        flags["model"] = {"name": args.model}
+        if args.model == "tiny":
+            flags["model"] |= {"min_pixels": None, "max_pixels": None}
+    stages = load_stages(find_recipe(args.recipe), overrides, flags)
+
+    from vlmdet.training.plan import format_plan
+    from vlmdet.training.preflight import preflight
+
+    say = _say(args)
+    plans = {}
+    for settings in stages:
+        plans[settings.name] = preflight(settings, processes=args.num_processes, say=say)
+        say((f"stage {settings.name}\n" if len(stages) > 1 else "") + format_plan(plans[settings.name]))
+    if args.json:
+        whole = [{"stage": name, **plan.as_dict()} for name, plan in plans.items()]
+        print(json.dumps(plans[settings.name].as_dict() if len(stages) == 1 else {"stages": whole}))
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -1,0 +1,93 @@
+"""The plan of a run that is not started: `vlmdet plan`.
+
+When: before a run, as often as wanted; nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vlmdet.config import Settings
+from vlmdet.models.families import codec_of
+from vlmdet.models.loader import Loaded, load_processor, make_contract
+from vlmdet.models.stages import stages_of
+from vlmdet.training.batches import make_collator, training_rows
+from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
+from vlmdet.training.plan import Plan, has_weights, make_plan, measure_step, set_up, skeleton_of
+from vlmdet.training.processes import world_size
+from vlmdet.training.train import fingerprint_rows, keep_exact, load_base, read_data
+
+
+def preflight(settings: Settings, *, processes: int | None = None, say: Callable[[str], None] = print) -> Plan:
+    """Plan a run from its settings.
+
+    When: once per stage of `vlmdet plan`.
+
+    Input: settings; without `data.source` only what concerns the model is planned. `processes`, as many as would share the work.
+    Output: `Plan`. Where the base's weights are on this machine they are loaded, and a step is measured on the first rows; else a
+    model without weights is built from its configuration, and no time is given.
+
+    Raises:
+        DataError: rows are too long, see `lengths.refuse_long_rows`, or the data set cannot be read.
+        ModelError: there is no such base, or no processor to count tokens with.
+    """
+    dataset = read_data(settings, say) if settings.data.source else None
+    base = load_base(settings) if has_weights(stages_of(settings.model.name).weights) else None
+    plain = skeleton_of(settings) if base is None else set_up(base.model, settings)
+    keep_exact(plain)
+    plain.config.use_cache = False
+    where, half = _compute(settings, plain, real=base is not None)
+    tokens, seconds = None, None
+    if dataset is not None:
+        loaded = base or _without_weights(settings, plain)
+        contract = make_contract(
+            loaded,
+            labels=dataset.labels,
+            codec=codec_of(loaded.model.config.model_type, settings.model.codec),
+            box_order=settings.data.box_order,
+            max_new_tokens=settings.evaluation.max_new_tokens,
+            data_fingerprint=fingerprint_rows(dataset),
+        )
+        samples, limits = (
+            dataset.splits["train"],
+            {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels},
+        )
+        rows = training_rows(samples, settings, contract)
+        tokens = count_tokens(rows, [(one.width, one.height) for one in samples], loaded.processor, **limits)
+        longest = settings.training.max_tokens or context_of(plain.config)
+        if longest is not None:
+            refuse_long_rows(tokens, limit=longest, factor=contract.size_factor, **limits)
+        if base is not None:
+            batch = [rows[i] for i in range(min(settings.training.batch_size, len(rows)))]
+            seconds = measure_step(plain, make_collator(base.processor, settings, contract)(batch))
+    return make_plan(
+        settings,
+        plain,
+        tokens=tokens,
+        val_rows=0 if dataset is None else min(len(dataset.splits.get("val", ())), settings.training.eval_rows),
+        processes=processes or world_size(),
+        device=where,
+        compute_bytes=2 if half else 4,
+        seconds_per_pass=seconds,
+    )
+
+
+def _without_weights(settings: Settings, skeleton: Any) -> Loaded:
+    """Stand in for a loaded base: a processor, and a model that is only asked what it is."""
+    model = settings.model
+    base = stages_of(model.name).weights
+    processor = load_processor(base, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+    return Loaded(skeleton, processor, base, "", None)
+
+
+def _compute(settings: Settings, model: Any, *, real: bool) -> tuple[str, bool]:
+    """Return the device that the run would take, and whether it computes in 16 bits."""
+    if real:
+        half = any(one.dtype in (torch.bfloat16, torch.float16) for one in model.parameters())
+        return str(next(model.parameters()).device.type), half
+    asked, dtype = settings.model.device, settings.model.dtype
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    return where, dtype in ("bfloat16", "float16") or (dtype == "auto" and where.startswith("cuda"))
