@@ -511,6 +511,10 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    from vlmdet.runs import need_run
+
+    need_run(args.run_name)  # before ten seconds of imports
+
     from vlmdet.training.merge import merge_run
 
     say = _say(args)
