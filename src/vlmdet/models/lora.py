@@ -49,9 +49,10 @@ def build_lora_config(
     take another rank than `rank`, where two match a layer the later one; `dora`, learn the length of each row of a weight
     apart; `rslora`, scale by alpha / sqrt(rank).
     Output: a configuration whose `target_modules` is a list of full module names, so that nothing is left to PEFT's
-    suffix matching (peft#2964). A layer with a rank of its own gets an alpha of its own, such that the scale of its update is
-    that of all others: at rank 64 and alpha 128, `{"vision.attn": 16}` gives these layers alpha 32. So a rank says how much
-    can be learnt, and nothing about how fast.
+    suffix matching (peft#2964); when it builds the adapter it shortens a long list to endings that fit the same layers. A
+    layer with a rank of its own gets an alpha of its own, such that the scale of its update is that of all others: at rank 64
+    and alpha 128, `{"vision.attn": 16}` gives these layers alpha 32. So a rank says how much can be learnt, and nothing about
+    how fast.
 
     Raises:
         TrainingError: the model carries an adapter already.
