@@ -12,9 +12,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmdet.boxes import FRACTIONS, Boxes
@@ -111,6 +113,23 @@ def test_a_file_holds_the_grid_and_a_vector_for_each_token(family_base: Callable
         "features": (6, 64),
         "deepstack_0": (6, 64),
     }
+
+
+def test_features_follow_the_batch_to_a_device(
+    family_base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the data loader does where there is a GPU, and what accelerate does everywhere."""
+    model, processor = frozen(family_base("qwen3_vl"))
+    rows = undecoded(rows_of((64, 96), (64, 64)))
+    features = FrozenFeatures(model, processor, tmp_path, **LIMITS)
+    features.fill(model, rows)
+    batch = FeatureCollator(Qwen2VLCollatorV3(processor, **LIMITS), features)([rows[0], rows[1]])
+    pinned: list[tuple[int, ...]] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(tuple(self.shape)) or self)
+    batch = pin_memory(batch)
+    assert pinned.count((6, 64)) == 2  # of the first picture, the features and one deepstack layer
+    moved = send_to_device(dict(batch), torch.device("meta"))["mm_encoder_outputs"]["image"]
+    assert [tensor.device.type for tensor in [*moved.pooler_output, *moved.deepstack_features[0]]] == ["meta"] * 4
 
 
 def test_a_tower_that_trains_is_refused(family_base: Callable[[str], Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,8 +28,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from vlmdet.data.collators import EncodedPicture
 from vlmdet.data.resized import (
@@ -53,6 +52,39 @@ class Filled(NamedTuple):
     encoded: int
     seconds: float
     megabytes: float
+
+
+@dataclass(frozen=True)
+class KnownFeatures:
+    """The features of n pictures under the names that a model reads from the output of its tower.
+
+    Not the output's own class of transformers: the data loader cannot pin one of those in memory.
+
+    Attributes:
+        pooler_output: n tensors (tokens, width), in the model's dtype.
+        deepstack_features: for each deepstack layer n tensors (tokens, width); none but in Qwen3-VL.
+    """
+
+    pooler_output: list[torch.Tensor]
+    deepstack_features: list[list[torch.Tensor]]
+
+    def pin_memory(self) -> KnownFeatures:
+        """Return the same in page-locked memory; the data loader asks for it where there is a GPU."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def to(self, device: Any, non_blocking: bool = False) -> KnownFeatures:
+        """Return the same on a device; accelerate asks for it."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return both; the models ask for it where they word their own output as a tuple."""
+        return (self.pooler_output, self.deepstack_features)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> KnownFeatures:
+        return KnownFeatures(
+            [change(tensor) for tensor in self.pooler_output],
+            [[change(tensor) for tensor in layer] for layer in self.deepstack_features],
+        )
 
 
 class FrozenFeatures:
@@ -170,8 +202,8 @@ class FeatureCollator:
     When: every batch of training, in place of `collator`.
 
     Input: rows with an undecoded `image`, see `data.resized.undecoded`.
-    Output: the batch of `collator` without `pixel_values`. Instead `mm_encoder_outputs` holds the features in the form that the
-    Qwen-VL models of transformers 5.24 take, `{"image": output}`; their forward then leaves the tower out.
+    Output: the batch of `collator` without `pixel_values`. Instead `mm_encoder_outputs` holds `{"image": KnownFeatures}`, which
+    the Qwen-VL models of transformers 5.24 take for the output of their tower, and leave the tower out.
 
     Args:
         collator: a `Qwen2VLCollatorV3`, or one in a `ResizedCollator`, which is then not needed.
@@ -193,18 +225,13 @@ class FeatureCollator:
         grids = [EncodedPicture(*tensors["grid"].tolist()) for tensors in stored]
         seen = [dict(row) | {"image": grid} for row, grid in zip(rows, grids, strict=True)]
         batch = self.collator(seen)
-        batch["mm_encoder_outputs"] = {"image": as_output(stored)}
+        layers = sum(name.startswith("deepstack_") for name in stored[0])
+        known = KnownFeatures(
+            [tensors["features"] for tensors in stored],
+            [[tensors[f"deepstack_{k}"] for tensors in stored] for k in range(layers)],
+        )
+        batch["mm_encoder_outputs"] = {"image": known}
         return batch
-
-
-def as_output(stored: Sequence[Mapping[str, torch.Tensor]]) -> BaseModelOutputWithPooling:
-    """Word the features of a batch as the tower's own output: one tensor a picture, and the same for each deepstack layer."""
-    features = [tensors["features"] for tensors in stored]
-    count = sum(name.startswith("deepstack_") for name in stored[0])
-    if not count:
-        return BaseModelOutputWithPooling(pooler_output=features)
-    layers = [[tensors[f"deepstack_{k}"] for tensors in stored] for k in range(count)]
-    return BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=layers)
 
 
 def fingerprint_tower(tower: nn.Module) -> str:
