@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ from peft import get_peft_model
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from vlmdet.errors import TrainingError
-from vlmdet.models.families import AREAS, parameters_by_area
+from vlmdet.errors import ConfigError, TrainingError
+from vlmdet.models.families import AREAS, parameters_by_area, resolve_targets
 from vlmdet.models.loader import load
-from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable, refuse_zero_adapter
+from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable, refuse_zero_adapter, train_only
 
 LIMITS = {"min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28}
 
@@ -74,3 +76,73 @@ def test_a_frozen_and_a_doing_nothing_model_are_refused(small_base: Path) -> Non
     wrapped.add_adapter("second", wrapped.peft_config["default"])
     with pytest.raises(TrainingError, match="2 adapters"):
         refuse_untrainable(wrapped)
+
+
+def test_a_rank_of_its_own_keeps_the_scale_of_the_update(family_base: Callable[[str], Path]) -> None:
+    model = load(str(family_base("qwen3_vl")), **LIMITS).model
+    targets, ranks = (
+        ["language.attn", "vision.attn", "merger"],
+        {"vision.attn": 2, r"blocks\.1\.attn\.qkv$": 16, "merger": 8},
+    )
+    for rslora in (False, True):
+        base = load(str(family_base("qwen3_vl")), **LIMITS).model
+        config = build_lora_config(base, rank=8, alpha=16, dropout=0.0, targets=targets, ranks=ranks, rslora=rslora)
+        layers = {
+            name.removeprefix("base_model.model."): module
+            for name, module in get_peft_model(base, config).named_modules()
+            if hasattr(module, "lora_A") and hasattr(module, "scaling")
+        }
+        assert set(layers) == set(resolve_targets(model, targets))
+        for name, layer in layers.items():
+            expected = 8
+            if "visual.blocks" in name:  # the later of two that match a layer
+                expected = 16 if name.endswith("blocks.1.attn.qkv") else 2
+            assert layer.r["default"] == expected == layer.lora_A["default"].weight.shape[0], name
+            assert layer.scaling["default"] == pytest.approx(16 / 8**0.5 if rslora else 16 / 8), name
+
+
+def test_dora_learns_lengths_too(family_base: Callable[[str], Path]) -> None:
+    model = load(str(family_base("qwen2_vl")), **LIMITS).model
+    config = build_lora_config(model, rank=2, alpha=4, dropout=0.0, targets=["merger"], dora=True)
+    counts = refuse_untrainable(get_peft_model(model, config))
+    # one length for each of the 256 and the 64 outputs
+    assert counts["merger"]["trainable"] == 2 * (256 + 256) + 2 * (256 + 64) + 256 + 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": {"vision.attn": 4}}, r"a rank is given for 'vision\.attn', and none of its layers gets an adapter"),
+        ({"ranks": {"language.atn": 4}}, r"did you mean 'language\.attn'"),
+        ({"ranks": {"language.attn": 0}}, r"the rank of 'language\.attn' is 0"),
+        ({"targets": ["lm_head"]}, "match the head, lm_head"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(
+    family_base: Callable[[str], Path], options: dict[str, Any], message: str
+) -> None:
+    model = load(str(family_base("qwen2_5_vl")), **LIMITS).model
+    with pytest.raises(ConfigError, match=message):
+        build_lora_config(model, **{"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["language.attn"]} | options)
+
+
+def test_a_full_fine_tune_trains_its_areas_alone(family_base: Callable[[str], Path]) -> None:
+    model = load(str(family_base("qwen3_vl")), **LIMITS).model
+    counts = train_only(model, ["merger", "deepstack"])
+    assert [area for area in AREAS if counts[area]["trainable"]] == ["merger", "deepstack"]
+    assert {name.split(".")[2] for name, weight in model.named_parameters() if weight.requires_grad} == {
+        "merger",
+        "deepstack_merger_list",
+    }
+    train_only(model, [])
+    assert all(weight.requires_grad for weight in model.parameters())
+    with pytest.raises(ConfigError, match="unknown area 'vison'; did you mean 'vision'"):
+        train_only(model, ["vison"])
+    with pytest.raises(ConfigError, match=r"area 'head'; its head is tied to the embeddings; name embeddings"):
+        train_only(model, ["vision", "head"])
+    plain = load(str(family_base("qwen2_5_vl")), **LIMITS).model
+    with pytest.raises(ConfigError, match="area 'deepstack'; it has: vision, merger, language, embeddings, head"):
+        train_only(plain, ["deepstack"])
+    wrapped = get_peft_model(plain, lora(plain, "merger"))
+    with pytest.raises(TrainingError, match="carries an adapter already"):
+        train_only(wrapped, ["vision"])
