@@ -194,7 +194,7 @@ def _segments(processor: Any, messages: Messages, name: str) -> list[_Segment]:
             at = len(before)
             raise TrainingError(
                 f"{name}: the chat template writes {whole[at : at + 80]!r} where the answer {learnt[:80]!r} was due",
-                "use the Qwen2-VL chat template",
+                "use the family's own chat template, without a place for thoughts",
             )
         segments += [_Segment(whole[done : len(before)], False), _Segment(learnt, True)]
         done = len(before) + len(learnt)
@@ -232,8 +232,8 @@ def _process_pictures(
 ) -> dict[str, torch.Tensor]:
     """Resize and cut up the pictures of a batch, once, and check the sizes against the plan.
 
-    Output: `pixel_values` (patches, 3 * 2 * 14 * 14) float32 and `image_grid_thw` (pictures, 3) int64: frames, rows and
-    columns of patches; nothing where the batch has no picture.
+    Output: `pixel_values` (patches, 3 * 2 * patch size squared) float32 and `image_grid_thw` (pictures, 3) int64: frames,
+    rows and columns of patches; nothing where the batch has no picture.
 
     Raises:
         TrainingError: the processor made another grid than `grounding.sizes` planned.
@@ -383,7 +383,7 @@ class Qwen2VLCollatorV1:
     What it gets right: no answer can be missed, and pad is masked by place, not by id.
 
     Args:
-        processor: a `Qwen2VLProcessor`.
+        processor: that of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
         min_pixels: smallest picture area after the resize.
         max_pixels: largest.
     """
@@ -417,7 +417,7 @@ class Qwen2VLCollatorV2:
     without loss). The pictures are resized as in V1.
 
     Args:
-        processor: a `Qwen2VLProcessor`.
+        processor: that of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
         min_pixels: smallest picture area after the resize.
         max_pixels: largest.
     """
@@ -459,15 +459,15 @@ class Qwen2VLCollatorV3:
 
     Input: rows with `messages` and `image` or `images` (`id` is used in messages), as `data.dataset` makes them.
     Output: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (n, longest) int64; `pixel_values` (patches,
-    1176) float32; `image_grid_thw` (pictures, 3) int64. Two rows of 24 and 15 text tokens, a picture of 280 x 280 each
-    (100 image tokens): (2, 124), 800 patches, [[1, 20, 20], [1, 20, 20]].
+    1176) float32, of Qwen3-VL's larger patches (patches, 1536); `image_grid_thw` (pictures, 3) int64. Two rows of 24 and 15
+    text tokens, a picture of 280 x 280 each (100 image tokens of 28 x 28): (2, 124), 800 patches, [[1, 20, 20], [1, 20, 20]].
 
     Checked on every batch: the grids are those that `grounding.sizes` planned; each row has as many image tokens as
     pictures. Checked on the first batch (`verify_first`): the ids are those of the processor for the whole text, and
     the decoded supervised tokens are exactly answer + `<|im_end|>`.
 
     Args:
-        processor: a `Qwen2VLProcessor`.
+        processor: that of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
         min_pixels: smallest picture area after the resize; required, since the processor's own default allows
             pictures of up to 12.8 megapixels in some checkpoints.
         max_pixels: largest.
