@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from vlmdet.errors import ConfigError, ContractError, DataError, ModelError
 from vlmdet.models.loader import load, make_contract
 from vlmdet.training import merge
 from vlmdet.training.merge import merge_adapter, merge_run
-from vlmdet.training.train import prepare, train
+from vlmdet.training.prepare import prepare
+from vlmdet.training.train import train
 
 LIMITS = {"min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28}
 IDS = torch.arange(40)[None]
@@ -41,7 +43,7 @@ def write_adapter(folder: Path, base: Path | str, *, seed: int = 0, **options: A
     """Write a checkpoint that holds an adapter with random updates, as PEFT itself saves it."""
     loaded = load(str(base), as_base=True, **LIMITS)
     contract = make_contract(
-        loaded, labels=["sign"], codec="qwen2_vl", box_order="raster", max_new_tokens=6, data_fingerprint="0"
+        loaded, labels=["sign"], codec="auto", box_order="raster", max_new_tokens=6, data_fingerprint="0"
     )
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LANGUAGE, "task_type": "CAUSAL_LM"} | options)
     model = get_peft_model(loaded.model, config)
@@ -179,6 +181,18 @@ def prepare_image(source: Path) -> Any:
     image = open_dataset(str(source)).splits["val"][0].image
     image.save("picture.png")
     return image
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_other_families_are_merged_too(family_base: Callable[[str], Path], family: str) -> None:
+    base = family_base(family)
+    linear = r".*(language_model|visual\.blocks|visual\.merger|deepstack).*(proj|qkv|fc[12])"
+    best = write_run("cells", base, target_modules=linear)
+    result = merge_run("cells", say=quiet)
+    assert result["verified"]["identical_rows"] == 8
+    wanted = peft_logits(base, best)
+    assert (plain_logits("runs/cells/001/merged") - wanted).abs().max() < 1e-4
+    assert (plain_logits(base) - wanted).abs().max() > 1e-2
 
 
 def test_stages_are_merged_in_order(small_base: Path) -> None:

@@ -41,8 +41,8 @@ from vlmdet.evaluation.predict import predict
 from vlmdet.models.loader import DTYPES, Loaded, load, make_contract
 from vlmdet.models.stages import Stages, is_adapter, stages_of
 from vlmdet.records import Sample
-from vlmdet.runs import need_run
-from vlmdet.training.train import read_data
+from vlmdet.runs import is_done, need_run
+from vlmdet.training.prepare import read_data
 
 Say = Callable[[str], None]
 
@@ -96,6 +96,8 @@ def merge_run(
     settings, contract = load_settings(run / "config.yaml"), Contract.read(last)
     kept = _written_dtype(stages, dtype)
 
+    if not is_done(run):
+        say(f"{run} has not come to its end: this is its best checkpoint so far")
     say(f"base: {stages.weights}, loaded in float32 on the CPU; adapters, in order: {_listed(stages.adapters)}")
     tuned = load(str(last), dtype="float32", device="cpu")
     refuse_mismatch(contract, _contract_now(tuned, contract))
