@@ -29,7 +29,8 @@ from vlmdet.evaluation.files import read_predictions
 from vlmdet.evaluation.metrics import FORMULAS, count_images, interval, resample, sort_rows
 from vlmdet.models.loader import load
 from vlmdet.runs import RUNS, find_run, is_done
-from vlmdet.training.train import read_data, train_stages
+from vlmdet.training.prepare import read_data
+from vlmdet.training.train import train_stages
 
 RECIPES = ("r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint")
 METRICS = ("f1_50", "mean_best_iou")

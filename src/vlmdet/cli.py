@@ -418,7 +418,7 @@ def _eval(args: argparse.Namespace) -> None:
     from vlmdet.evaluation.files import read_predictions
     from vlmdet.models.loader import load
     from vlmdet.training.callbacks import draw_rows
-    from vlmdet.training.train import read_data
+    from vlmdet.training.prepare import read_data
 
     say = _say(args)
     settings = load_settings(folder / "config.yaml")

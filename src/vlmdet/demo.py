@@ -18,7 +18,8 @@ from vlmdet.evaluation.evaluate import evaluate, format_comparison, format_diffe
 from vlmdet.evaluation.files import read_predictions
 from vlmdet.models.loader import load
 from vlmdet.training.callbacks import draw_rows
-from vlmdet.training.train import prepare, train
+from vlmdet.training.prepare import prepare
+from vlmdet.training.train import train
 
 TRAIN, VAL, TEST = 2048, 48, 96
 """Pictures drawn for each split; the test pictures are seen by nothing but the two scores."""

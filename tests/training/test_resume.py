@@ -19,7 +19,8 @@ from vlmdet.config import Settings, load_settings
 from vlmdet.errors import DataError, Stopped, TrainingError
 from vlmdet.runs import is_done
 from vlmdet.training.callbacks import IoUEvalCallback, JsonLogCallback
-from vlmdet.training.train import prepare, train
+from vlmdet.training.prepare import prepare
+from vlmdet.training.train import train
 
 # Adapter with dropout, augmentation, accumulation and an evaluation half-way: everything that has a state.
 OVERRIDES = (

@@ -13,7 +13,8 @@ from vlmdet.config import load_settings
 from vlmdet.data.synthetic.packages import write_drawn_set
 from vlmdet.errors import ConfigError
 from vlmdet.training.callbacks import choose_trackers
-from vlmdet.training.train import prepare, train
+from vlmdet.training.prepare import prepare
+from vlmdet.training.train import train
 
 
 def only(*names: str) -> Any:

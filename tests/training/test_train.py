@@ -14,7 +14,9 @@ from vlmdet.config import Settings, load_settings
 from vlmdet.errors import ModelError, TrainingError
 from vlmdet.models.inference import run_qwen2vl_inference
 from vlmdet.models.loader import load
-from vlmdet.training.train import planned_steps, predict_watched, prepare, train
+from vlmdet.training.plan import plan_steps
+from vlmdet.training.prepare import prepare
+from vlmdet.training.train import predict_watched, train
 
 BOX = (24, 40, 152, 104)
 ANSWER = "<|object_ref_start|>sign<|object_ref_end|><|box_start|>(120,267),(760,693)<|box_end|>"  # BOX on 200 x 150
@@ -172,7 +174,7 @@ def test_planned_steps_round_up(rows: int, batch: int, accumulation: int, epochs
             f"training.epochs={epochs}",
         ],
     )
-    assert planned_steps(settings, rows) == steps
+    assert plan_steps(settings.training, rows, 1)[0] == steps
 
 
 def test_a_long_run_passes_the_gate_first(one_picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,18 +102,19 @@ class EpochCallback(TrainerCallback):
 class StopCallback(TrainerCallback):
     """Save and stop at the end of the step in which SIGTERM or SIGINT comes; a second signal stops at once.
 
-    When: signals are caught while the trainer trains; several processes agree on the step before any of them stops.
+    When: every step. Signals are caught within `with stop:`; several processes agree on the step before any of them stops.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def __enter__(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._caught)
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
 
     def _caught(self, number: int, frame: Any) -> None:
         self.signal = number
@@ -130,11 +131,6 @@ class StopCallback(TrainerCallback):
             self.signal = int(told) or None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._restore()
 
 
 class IoUEvalCallback(TrainerCallback):
@@ -278,7 +274,7 @@ def send_picture(tracker: str, picture: Any, step: int, *, folder: Path) -> None
         with SummaryWriter(str(folder / "tensorboard")) as writer:
             writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
     elif tracker == "mlflow":
-        import mlflow
+        mlflow = importlib.import_module("mlflow")
 
         mlflow.log_image(picture, f"samples/step_{step:06d}.png")
     elif tracker in ("wandb", "trackio"):

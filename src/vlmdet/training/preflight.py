@@ -17,8 +17,9 @@ from vlmdet.models.stages import stages_of
 from vlmdet.training.batches import make_collator, training_rows
 from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
 from vlmdet.training.plan import Plan, has_weights, make_plan, measure_step, set_up, skeleton_of
+from vlmdet.training.prepare import fingerprint_rows, load_base, read_data
 from vlmdet.training.processes import world_size
-from vlmdet.training.train import fingerprint_rows, keep_exact, load_base, read_data
+from vlmdet.training.train import keep_exact
 
 
 def preflight(settings: Settings, *, processes: int | None = None, say: Callable[[str], None] = print) -> Plan:

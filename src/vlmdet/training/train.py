@@ -4,42 +4,36 @@ When: PER RUN.
 
     vlmdet train SOURCE --recipe r4-joint --model Qwen/Qwen2-VL-2B-Instruct training.epochs=5
 
-`prepare` reads the data, loads the base and writes the contract; `train` runs TRL's `SFTTrainer` with our collator. They
-are two steps so that a caller can score the untuned base between them, under the very contract of the run. `train_stages`
-does both for each stage of a recipe. A stopped run goes on where its newest whole checkpoint is; see `training.checkpoints`.
+`prepare` (training/prepare.py) reads the data, loads the base and writes the contract; `train` runs TRL's `SFTTrainer` with our
+collator; `train_stages` does both for each stage of a recipe. A stopped run goes on where its newest whole checkpoint is; see
+`training.checkpoints`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import transformers
 from trl import SFTConfig, SFTTrainer
 
-from vlmdet.config import AugmentSettings, Settings, to_yaml
-from vlmdet.contract import Contract
-from vlmdet.data.readers import open_dataset
-from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
-from vlmdet.errors import DataError, Stopped, TrainingError
+from vlmdet.config import AugmentSettings, Settings
+from vlmdet.errors import Stopped, TrainingError
 from vlmdet.evaluation.predict import predict
-from vlmdet.models.loader import Loaded, load, make_contract
-from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable, train_only
-from vlmdet.records import DetectionDataset, Sample
-from vlmdet.runs import find_equal, is_done, lock, new_run
+from vlmdet.models.lora import build_lora_config, refuse_untrainable, train_only
+from vlmdet.records import Sample
+from vlmdet.runs import is_done
 from vlmdet.training.batches import LengthGroups, cache_features, make_collator, training_rows
 from vlmdet.training.callbacks import (
     EpochCallback,
@@ -52,30 +46,14 @@ from vlmdet.training.callbacks import (
     choose_trackers,
 )
 from vlmdet.training.checkpoints import go_back, is_disk_full, write_done
+from vlmdet.training.first_batch import check_first_batch, write_first_batch
 from vlmdet.training.gate import ROWS, STEPS, GateResult, choose_rows, format_gate, gate_rates, overfit_gate
 from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
 from vlmdet.training.losses import score_supervised_only
 from vlmdet.training.optim import make_optimizer
-from vlmdet.training.processes import check_launched, from_main, is_main, join, predict_shared, world_size
-from vlmdet.utils.environment import describe_environment, format_environment
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that is ready to start: its folder holds `config.yaml`, `contract.json` and `problems.jsonl`.
-
-    Attributes:
-        lock: keeps other processes out of the folder as long as it is open; None on all but the main process.
-    """
-
-    settings: Settings
-    folder: Path
-    dataset: DetectionDataset
-    base: Loaded
-    contract: Contract
-    lock: IO[str] | None = None
+from vlmdet.training.plan import format_plan, make_plan, measure_step, plan_steps
+from vlmdet.training.prepare import Prepared, Say, prepare
+from vlmdet.training.processes import check_launched, from_main, is_main, predict_shared, world_size
 
 
 def train_stages(
@@ -99,121 +77,6 @@ def train_stages(
         if not last and prepared.lock is not None:
             prepared.lock.close()
     return prepared.folder, prepared
-
-
-def read_data(settings: Settings, say: Say) -> DetectionDataset:
-    """Open the data set that the settings name, with their classes, names, limit and validation split.
-
-    When: once per run; again by `vlmdet eval` from the run's `config.yaml`.
-
-    Raises:
-        DataError: nothing there, an unknown class, or no rows left.
-    """
-    data = settings.data
-    dataset = open_dataset(
-        data.source, format=data.format, box_format=data.box_format, exif=data.exif, stream=data.stream
-    )
-    dataset = select(
-        dataset, classes=data.classes or None, rename=data.rename or None, limit=data.limit, seed=data.seed
-    )
-    dataset, note = ensure_val(dataset, fraction=data.val_fraction, seed=data.seed)
-    for line in dict.fromkeys([*dataset.notes, note]):
-        say(line)
-    counts = ", ".join(f"{name} {len(samples)}" for name, samples in dataset.splits.items())
-    say(f"data: {data.source}: {counts} pictures; boxes read as {dataset.box_format} ({dataset.decided_by})")
-    if not dataset.splits.get("train"):
-        raise DataError(f"{data.source}: no row in the split 'train'", f"there is: {counts or 'no split at all'}")
-    if not dataset.labels:
-        raise DataError(f"{data.source}: no class to look for", "name one with --classes")
-    return dataset
-
-
-def prepare(
-    settings: Settings, *, command: str = "", new: bool = False, reuse: bool = False, say: Say = print
-) -> Prepared:
-    """Read the data, look at every picture, load the base and write down what the run assumes.
-
-    When: once per run, before anything is trained.
-
-    Input: checked settings; `command`, as typed, for the record; `new`, start another run where an equal one is
-    unfinished; `reuse`, take an equal one that is finished, too; `say`, where lines for the user go.
-    Output: `Prepared`; in the run's folder `config.yaml`, `contract.json`, `command.txt`, `env.txt`, `problems.jsonl`. The folder
-    is that of the newest run with equal settings, data and base, if that is unfinished; else a new one.
-
-    Raises:
-        DataError: too many rows are broken, see `data.max_problems`.
-        ModelError: the base cannot be loaded.
-    """
-    dataset = read_data(settings, say)
-    used = [sample for name in ("train", "val") for sample in dataset.splits.get(name, ())]
-    before = sum(problem.action == "row_dropped" for problem in dataset.problems)
-    total = sum(len(samples) for samples in dataset.splits.values()) + before
-    dataset = drop_rows(dataset, check_pictures(used))
-    problems = dataset.problems
-    refuse_above(problems, total, share=settings.data.max_problems)
-
-    base = load_base(settings)
-    contract = make_contract(
-        base,
-        labels=dataset.labels,
-        codec=settings.model.codec,
-        box_order=settings.data.box_order,
-        max_new_tokens=settings.evaluation.max_new_tokens,
-        data_fingerprint=fingerprint_rows(dataset),
-    )
-    join(cpu=base.model.device.type == "cpu")
-    folder = from_main(partial(_choose_folder, settings, contract, new=new, reuse=reuse))
-    held = None
-    if is_main():
-        held = lock(folder)
-        with (folder / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(command + "\n")
-        (folder / "env.txt").write_text(format_environment(describe_environment()) + "\n", encoding="utf-8")
-        write_problems(folder / "problems.jsonl", problems)
-        contract.write(folder)
-    kinds = Counter(f"{problem.kind} ({problem.action})" for problem in problems)
-    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
-    say(f"problems: {listed}; written to {folder / 'problems.jsonl'}")
-    return Prepared(settings, folder, dataset, base, contract, held)
-
-
-def load_base(settings: Settings) -> Loaded:
-    """Load the base that the settings name; a tuned run or checkpoint is a base too, with its adapter merged in memory."""
-    model = settings.model
-    return load(
-        model.name,
-        dtype=model.dtype,
-        device=model.device,
-        attention=model.attention,
-        min_pixels=model.min_pixels,
-        max_pixels=model.max_pixels,
-        quantization=model.quantization,
-        quantize_vision=model.quantize_vision,
-        as_base=True,
-    )
-
-
-def _choose_folder(settings: Settings, contract: Contract, *, new: bool, reuse: bool) -> Path:
-    """Return the folder of an equal run that is to go on, or of a new one, whose `config.yaml` is written."""
-    config = to_yaml(settings)
-    prints = {key: getattr(contract, key) for key in ("data_fingerprint", "base_fingerprint")}
-    equal = None if new else find_equal(settings.name, config=config, fingerprints=prints)
-    if equal is not None and (reuse or not is_done(equal)):
-        return equal
-    folder = new_run(settings.name)
-    contract.write(folder)
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    return folder
-
-
-def fingerprint_rows(dataset: DetectionDataset) -> str:
-    """Hash ids, splits, boxes and labels of a data set: 16 hexadecimal digits."""
-    rows = [
-        [sample.id, split, sample.boxes.tolist(), list(sample.labels)]
-        for split, samples in sorted(dataset.splits.items())
-        for sample in samples
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def train(prepared: Prepared, *, say: Say = print) -> Path:
@@ -246,13 +109,11 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     longest = training.max_tokens or context_of(prepared.base.model.config)
     if longest is not None:
         refuse_long_rows(tokens, limit=longest, factor=contract.size_factor, **limits)
-    steps = planned_steps(settings, len(rows))
-    size = training.batch_size * training.gradient_accumulation * world_size()
-    how = f"limited to {steps}" if training.max_steps else f"x {training.epochs:g} epochs -> {steps}"
-    say(f"steps: {len(rows)} rows / {size} a step {how} steps")
+    steps, _ = plan_steps(training, len(rows), world_size())
+    assert steps is not None  # there are rows
 
     # 2. What trains: areas are thawed here; an adapter is described here and built by the trainer, once.
-    model = prepared.base.model
+    model, collator = prepared.base.model, make_collator(processor, settings, contract)
     peft_config = None
     if training.method == "lora":
         peft_config = build_lora_config(model, **asdict(settings.lora))
@@ -318,17 +179,23 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=make_collator(processor, settings, contract),
+        data_collator=collator,
         processing_class=processor,
         peft_config=peft_config,
         callbacks=callbacks,
     )
+    keep_exact(trainer.model)  # TRL turns the adapter of a 4-bit base into bfloat16
     trainer.optimizer = make_optimizer(trainer.model, training)
     score_supervised_only(trainer.model)
     if training.cache_features:
         trainer.data_collator = cache_features(trainer.model, processor, trainer.data_collator, rows, contract, say=say)
     if training.group_by_length:
-        order = LengthGroups(tokens.total.tolist(), batch=size, seed=training.seed, epoch=lambda: epochs.number)
+        order = LengthGroups(
+            tokens.total.tolist(),
+            batch=training.batch_size * training.gradient_accumulation * world_size(),
+            seed=training.seed,
+            epoch=lambda: epochs.number,
+        )
         trainer._get_train_sampler = lambda dataset=None: order
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)  # it writes every log to stdout, which --json keeps clean
@@ -338,13 +205,42 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     evaluation.log = partial(transformers.Trainer.log, trainer)
     say(check_launched(training.distributed, trainer.accelerator))
 
-    # 5. What will train, before the first step; nothing trainable is an error.
-    say(format_areas(refuse_untrainable(trainer.model)))
+    # 5. Before the first step: nothing trainable is an error, the first batch is looked at, and the plan is said.
+    refuse_untrainable(trainer.model)
+    first = [rows[i] for i in range(min(training.batch_size, len(rows)))]
+    batch = collator(first)
+    names = [row["id"] for row in first]
+    findings = check_first_batch(batch, processor, names, collator=collator)
+    plan = make_plan(
+        settings,
+        trainer.model,
+        tokens=tokens,
+        val_rows=len(watched),
+        processes=world_size(),
+        device=model.device.type,
+        compute_bytes=2 if arguments.bf16 else 4,
+        seconds_per_pass=measure_step(trainer.model, batch),
+    )
+    say(format_plan(plan))
+    if is_main():
+        pictures = [sample.image for sample in samples[: len(first)]]
+        if any(asdict(settings.augment).values()):
+            pictures = [row["image"] for row in first]  # as the augmentation left them
+        write_first_batch(
+            folder / "train" / "first_batch.html",
+            batch,
+            processor,
+            names,
+            pictures=pictures,
+            codec=contract.codec,
+            findings=findings,
+        )
+        (folder / "train" / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
     if training.overfit_gate and goes_on is None and steps > STEPS:
         say(f"overfit gate: {ROWS} rows …")
         say(format_gate(learn_by_heart(trainer.model, prepared)))
     transformers.set_seed(training.seed)
-    with saving_to(folder):
+    with saving_to(folder), stop:
         trainer.train(resume_from_checkpoint=str(goes_on) if goes_on else None)
     model.config.use_cache = True
     step = trainer.state.global_step
@@ -400,21 +296,12 @@ def saving_to(folder: Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        last, _ = from_main(partial(go_back, folder))
+        last = go_back(folder)[0] if is_main() else None
         kept = f"{last} is whole" if last else "no checkpoint was written yet"
         raise TrainingError(
             f"the disk of {folder} is full ({' '.join(str(error).split())[:120]}); {kept}",
             "free some space; the same command goes on from there",
         ) from error
-
-
-def planned_steps(settings: Settings, rows: int) -> int:
-    """Return the number of optimiser steps: rows over batches, rounded up, times epochs, or `max_steps`."""
-    training = settings.training
-    if training.max_steps:
-        return training.max_steps
-    batches = math.ceil(rows / (training.batch_size * world_size()))
-    return max(1, math.ceil(math.ceil(batches / training.gradient_accumulation) * training.epochs))
 
 
 def predict_watched(model: Any, *, prepared: Prepared, samples: Sequence[Sample]) -> list[dict[str, Any]]:
