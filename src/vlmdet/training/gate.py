@@ -130,6 +130,7 @@ def overfit_gate(
     learning_rates: Mapping[str, float],
     steps: int = STEPS,
     batch_size: int = ROWS,
+    fused: bool = False,
 ) -> GateResult:
     """Train the trainable parameters on a few rows, generate the rows' answers, and put the model back as it was.
 
@@ -138,7 +139,7 @@ def overfit_gate(
     Input: the trainer's own `model`, adapter included; `rows` as the collator takes them, with `boxes` and `labels`; `collator`,
     one of its own, since it may verify the first batch that it makes; the run's `contract`, under which answers are generated and
     read, as after the training; `learning_rates` by area, see `gate_rates`; `steps` at most;
-    `batch_size`, rows of one forward pass, as in the run.
+    `batch_size`, rows of one forward pass, as in the run; `fused`, the model has TRL's fused head, which needs less memory.
     Output: `GateResult`, in which every row is good: as many boxes as in the truth and of the same labels, paired one to one at
     an IoU of at least .8 with the truth as the codec writes it; or no box where there is none.
 
@@ -148,7 +149,7 @@ def overfit_gate(
     started = time.perf_counter()
     batches = [collator(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     with untouched(model, weights=True):
-        taken, first, last = _learn(model, batches, learning_rates, steps=steps)
+        taken, first, last = _learn(model, batches, learning_rates, steps=steps, fused=fused)
         judged = _generate(model, processor, rows, contract, longest=_longest(batches))
     result = GateResult(taken, first, last, tuple(judged), time.perf_counter() - started)
     if not result.passed:
@@ -165,7 +166,9 @@ def format_gate(result: GateResult) -> str:
     )
 
 
-def _learn(model: Any, batches: Sequence[Any], rates: Mapping[str, float], *, steps: int) -> tuple[int, float, float]:
+def _learn(
+    model: Any, batches: Sequence[Any], rates: Mapping[str, float], *, steps: int, fused: bool = False
+) -> tuple[int, float, float]:
     """Take AdamW steps over all rows at once until the loss is small; returns steps taken, first and last loss."""
     groups: list[dict[str, Any]] = [
         {"params": [weight], "lr": rates[area_of(name)]}
@@ -186,7 +189,7 @@ def _learn(model: Any, batches: Sequence[Any], rates: Mapping[str, float], *, st
     model.config.use_cache = False
     losses: list[float] = []
     while True:
-        losses.append(_accumulate(model, batches))
+        losses.append(_accumulate(model, batches, fused=fused))
         if losses[-1] < STOP_LOSS or len(losses) > steps:
             return len(losses) - 1, losses[0], losses[-1]
         torch.nn.utils.clip_grad_norm_([group["params"][0] for group in groups], 1.0)
@@ -194,12 +197,13 @@ def _learn(model: Any, batches: Sequence[Any], rates: Mapping[str, float], *, st
         optimiser.zero_grad()
 
 
-def _accumulate(model: Any, batches: Sequence[Any]) -> float:
+def _accumulate(model: Any, batches: Sequence[Any], *, fused: bool) -> float:
     """Add up the gradients of all batches; returns their mean loss."""
     total = 0.0
+    head = {"fused_lm_head": True} if fused else {}
     for batch in batches:
         with _autocast(model):
-            loss = model(**batch).loss / len(batches)
+            loss = model(**batch, **head).loss / len(batches)
         loss.backward()
         total += float(loss.detach())
     return total

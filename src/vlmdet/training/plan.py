@@ -195,25 +195,27 @@ def set_up(model: Any, settings: Settings) -> Any:
     return model
 
 
-def measure_step(model: Any, batch: Mapping[str, Any], *, passes: int = 2) -> float:
+def measure_step(model: Any, batch: Mapping[str, Any], *, passes: int = 2, fused: bool = False) -> float:
     """Measure one forward and backward pass on a real batch; the model and the random numbers stay as they were.
 
     When: once per run, before the first step.
 
     Input: the trainer's own `model`; a `batch` of its collator. The first of `passes` is for warming up and does not count,
-    unless it is the only one.
+    unless it is the only one; `fused`, the model has TRL's fused head, and the run uses it.
     Output: seconds of the fastest of the others.
     """
     cuda = model.device.type == "cuda"
     half = any(weight.dtype == torch.bfloat16 for weight in model.parameters())
     ready = {key: value.to(model.device) for key, value in batch.items()}
+    head = {"fused_lm_head": True} if fused else {}
     taken = []
     with untouched(model, weights=False):
         model.train()
+        model.config.use_cache = False
         for _ in range(passes):
             started = time.perf_counter()
             with torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext():
-                loss = model(**ready, use_cache=False).loss
+                loss = model(**ready, **head).loss
             loss.backward()
             if cuda:
                 torch.cuda.synchronize()
