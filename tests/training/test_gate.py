@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image, ImageDraw
+from trl.trainer.utils import add_fused_lm_head
 
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.config import load_settings
@@ -188,6 +189,17 @@ def test_rows_are_split_into_batches_as_the_run_splits_them(small: Loaded) -> No
     with pytest.raises(TrainingError):
         run(small, collator=counted, steps=0, batch_size=1)
     assert sizes == [1, 1]
+
+
+def test_the_fused_head_learns_the_same(small: Loaded) -> None:
+    """Its loss is TRL's, computed in tiles; the message quotes it before and after two steps."""
+    add_fused_lm_head(small.model)
+    with pytest.raises(TrainingError) as plain:
+        run(small, steps=2)
+    with pytest.raises(TrainingError) as fused:
+        run(small, steps=2, fused=True)
+    assert "the loss went from 7." in plain.value.message
+    assert plain.value.message == fused.value.message
 
 
 TRUTH = "<|object_ref_start|>sign<|object_ref_end|><|box_start|>(100,200),(400,600)<|box_end|>"
