@@ -128,6 +128,7 @@ def test_a_real_run_is_merged_and_used_in_plain_transformers(here: Path, capsys:
             "training.overfit_gate=false",
             "training.eval_rows=2",
             "evaluation.max_new_tokens=32",
+            "evaluation.resamples=20",
             "evaluation.split=val",
             "lora.targets=[language.attn,language.mlp,vision.attn,merger]",
         ],

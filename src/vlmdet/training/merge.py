@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,9 @@ def merge_run(
             verified = _verify(before, look(model, tuned.processor, samples, contract), where, say=say)
             model.to(DTYPES[kept])
         _write(part, model, tuned.processor, contract, run)
-        del model
-        plain = load_plain(part, tuned)
+        origin = replace(tuned, model=None)
+        del model, tuned  # one model in memory at a time
+        plain = load_plain(part, origin)
         refuse_mismatch(contract, _contract_now(plain, contract))
         after = look(plain.model, plain.processor, samples, contract)
         if kept == "float32":
@@ -125,7 +126,7 @@ def merge_run(
         else:
             rounding = compare_seen(before, after)
             say(f"rounding the weights to {kept}: {_format(rounding)}")
-        del tuned, plain
+        del plain
         nf4 = None
         if settings.model.quantization == "nf4" and not skip_eval:
             nf4 = _compare_nf4(last, part, settings, contract, run=run, say=say)
