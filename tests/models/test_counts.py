@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from peft import get_peft_model
 
 from vlmdet.config import Settings, find_recipe, load_settings
 from vlmdet.errors import ModelError
 from vlmdet.models.families import parameters_by_area
 from vlmdet.models.loader import build_skeleton, load
-from vlmdet.models.lora import build_lora_config, count_adapter, train_only
+from vlmdet.models.lora import build_lora_config, train_only
 
 
 class Published(NamedTuple):
@@ -111,7 +112,7 @@ def adapted(folder: Path, name: str) -> dict[str, dict[str, int]]:
         dora=lora.dora,
         rslora=lora.rslora,
     )
-    return count_adapter(model, config)
+    return parameters_by_area(get_peft_model(model, config, low_cpu_mem_usage=True).named_parameters())
 
 
 def trained(counts: dict[str, dict[str, int]]) -> int:

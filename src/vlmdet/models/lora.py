@@ -5,7 +5,8 @@ When: PER RUN, before the trainer is built, and once more after. Who does what w
     loader.load          makes the 4-bit layers, and proves that the vision tower has none
     build_lora_config    names the layers that get an adapter
     SFTTrainer           wraps the base once with `get_peft_model`, which freezes it; lets the embeddings' output carry a gradient
-                         where activations are recomputed; casts the adapters of a 4-bit base to bfloat16
+                         where activations are recomputed; casts the adapters of a 4-bit base to bfloat16, which
+                         `training.train` takes back
     refuse_untrainable   checks what came out
 
 PEFT's `prepare_model_for_kbit_training` is called by nobody. It would widen norms, embeddings and the unquantised vision tower
@@ -22,7 +23,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from vlmdet.errors import ConfigError, TrainingError, did_you_mean
@@ -99,18 +100,6 @@ def build_lora_config(
         use_rslora=rslora,
         task_type="CAUSAL_LM",
     )
-
-
-def count_adapter(skeleton: nn.Module, config: LoraConfig) -> dict[str, dict[str, int]]:
-    """Count what an adapter would train, without making its numbers.
-
-    When: per plan.
-
-    Input: a model of `loader.build_skeleton`, which is wrapped and of no further use; `config` of `build_lora_config`.
-    Output: parameters by area, see `parameters_by_area`.
-    """
-    wrapped = get_peft_model(skeleton, config, low_cpu_mem_usage=True)  # else each matrix is drawn at random first
-    return parameters_by_area(wrapped.named_parameters())
 
 
 def train_only(model: nn.Module, areas: Sequence[str]) -> dict[str, dict[str, int]]:

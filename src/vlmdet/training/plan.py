@@ -189,7 +189,8 @@ def skeleton_of(settings: Settings) -> Any:
 def set_up(model: Any, settings: Settings) -> Any:
     """Put the adapter on a plain model, or thaw and freeze its areas, as a run would."""
     if settings.training.method == "lora":
-        return get_peft_model(model, build_lora_config(model, **asdict(settings.lora)))
+        bare = model.device.type == "meta"  # without it each matrix would be drawn at random first
+        return get_peft_model(model, build_lora_config(model, **asdict(settings.lora)), low_cpu_mem_usage=bare)
     if settings.training.areas:
         train_only(model, settings.training.areas)
     return model
