@@ -357,7 +357,7 @@ def _write_other_family(model_type: str, folder: Path) -> None:
     with torch.no_grad():  # untrained layers are so faint that no adapter could make such a model say anything
         for weight in model.parameters():
             if weight.ndim == 2:
-                weight.mul_(8)
+                weight.mul_(6)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)

@@ -264,6 +264,55 @@ def _pad(processor: Any) -> int:
     return int(processor.tokenizer.pad_token_id)
 
 
+def count_row_tokens(processor: Any, messages_list: Sequence[Messages]) -> np.ndarray:
+    """Count the tokens of rows without their pictures.
+
+    When: once per run; `training.lengths` does it for all rows.
+
+    Input: n conversations with an answer, placeholders in place of pictures.
+    Output: (n, 3) int64: text, prompt and answer; image; of the text, those with loss. A picture is seen at one size, so one
+    blank picture says what all take. Of an encoder-decoder, text counts both sides.
+
+    Raises:
+        DataError, TrainingError: as `PromptAnswerCollator`.
+    """
+    names = [f"row {i}" for i in range(len(messages_list))]
+    rows = [_ask(processor, messages, name, answered=True) for messages, name in zip(messages_list, names, strict=True)]
+    answers = [len(ids) for ids in _answer_ids(processor, rows, names)]
+    prompts: dict[tuple[str, int], tuple[int, int]] = {}  # one question in a run, so one entry
+    for row in rows:
+        key = (row.prompt, len(row.pictures))
+        if key not in prompts:
+            blank = row._replace(pictures=[Image.new("RGB", (64, 64))] * len(row.pictures))
+            ids = _process(processor, [row.prompt], [blank], side="right")["input_ids"][0]
+            image = int((ids == processor.image_token_id).sum())
+            prompts[key] = (len(ids) - image, image)
+    counts = [
+        (text + answer, image, answer)
+        for (text, image), answer in zip((prompts[row.prompt, len(row.pictures)] for row in rows), answers, strict=True)
+    ]
+    return np.asarray(counts, dtype=np.int64).reshape(-1, 3)
+
+
+def in_one_row(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put the answers of an encoder-decoder's batch behind its prompts, to look at; any other batch comes back as it is.
+
+    When: once per run, for the page of the first batch.
+
+    Output: `input_ids`, `attention_mask` and `labels` (n, longest prompt + longest answer) int64.
+    """
+    if "decoder_input_ids" not in batch:
+        return batch
+    learnt = batch["labels"] != IGNORED
+    parts = {
+        "input_ids": batch["labels"].masked_fill(~learnt, 0),
+        "attention_mask": learnt.long(),
+        "labels": batch["labels"],
+    }
+    before = {**batch, "labels": torch.full_like(batch["input_ids"], IGNORED)}
+    return {**batch, **{key: torch.cat([before[key], part], dim=1) for key, part in parts.items()}}
+
+
 def collate_other_prompts(
     processor: Any,
     messages_list: Sequence[Messages],

@@ -1,4 +1,4 @@
-"""Ask a Qwen2-VL where things are: generate, batched, and read the answer.
+"""Ask a model where things are: generate, batched, and read the answer.
 
 When: PER RUN, after loading. `evaluation.predict` runs whole data sets through `generate_answers`.
 """
@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from vlmdet.data.collators import collate_prompts
+from vlmdet.data.collators_other import collate_other_prompts, end_token
 from vlmdet.data.dataset import build_messages
 from vlmdet.grounding import View, get_codec
+from vlmdet.models.processors import is_other_family
 
 MAX_NEW_TOKENS = 256
 """Room for about ten boxes; an answer that needs more is reported as truncated."""
@@ -61,14 +63,16 @@ def generate_answers(
     pictures; pixel limits; `max_new_tokens` per answer. The model's mode and cache setting are put back afterwards.
     Output: n answers in the same order. Prompts are padded on the left, so a row's answer does not depend on the others.
     """
-    batch = collate_prompts(processor, messages_list, images_list, min_pixels=min_pixels, max_pixels=max_pixels)
+    collate = collate_other_prompts if is_other_family(processor) else collate_prompts
+    batch = collate(processor, messages_list, images_list, min_pixels=min_pixels, max_pixels=max_pixels)
     batch = batch.to(model.device)
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     was_training = model.training
     model.eval()
     started = time.perf_counter()
     ends = _end_tokens(model, processor)
-    # temperature and its like are None, or a checkpoint's sampling settings would be warned about on every call
+    # temperature and its like are None, or a checkpoint's sampling settings would be warned about on every call; Florence-2's
+    # own settings (three beams, no three tokens twice) are for captions: a name of three tokens could be written only once
     try:
         output = model.generate(
             **batch,
@@ -77,6 +81,8 @@ def generate_answers(
             temperature=None,
             top_p=None,
             top_k=None,
+            num_beams=1,
+            no_repeat_ngram_size=0,
             use_cache=True,
             eos_token_id=ends,
             pad_token_id=processor.tokenizer.pad_token_id,
@@ -84,7 +90,8 @@ def generate_answers(
     finally:
         model.train(was_training)
     spent = (time.perf_counter() - started) * 1000 / len(output)
-    prompt = batch["input_ids"].shape[1]
+    # an encoder-decoder gives back what the decoder wrote, after its start token
+    prompt = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
     answers = []
     for row, mask, ids in zip(output[:, prompt:].tolist(), batch["attention_mask"], batch["input_ids"], strict=True):
         end = next((i for i, token in enumerate(row) if token in ends), None)
@@ -105,6 +112,8 @@ def generate_answers(
 def _end_tokens(model: Any, processor: Any) -> list[int]:
     configured = model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]
+    if is_other_family(processor):  # the template may end a turn by a token that a checkpoint does not name
+        ends = [*ends, processor.tokenizer.convert_tokens_to_ids(end_token(processor))]
     return sorted({token for token in [*ends, processor.tokenizer.eos_token_id] if token is not None})
 
 

@@ -5,6 +5,7 @@ When: PER RUN. Weights are read as safetensors only; remote code is never run.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -182,7 +183,23 @@ def _load_weights(
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     _check_four_bits(model, name, asked=quantization == "nf4", quantize_vision=quantize_vision)
+    if model.config.is_encoder_decoder:
+        _take_shift_labels(model)
     return model
+
+
+def _take_shift_labels(model: Any) -> None:
+    """Let an encoder-decoder be called with `shift_labels` too: TRL's loss needs them, and Florence-2's own stumbles over them.
+
+    There they equal `labels`, which its `forward` takes as they are (transformers 5.24 passes `shift_labels` on twice).
+    """
+    own = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(*args: Any, shift_labels: Any = None, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    model.forward = forward
 
 
 def _check_four_bits(model: nn.Module, name: str, *, asked: bool, quantize_vision: bool) -> None:
@@ -238,7 +255,7 @@ def build_skeleton(name: str, *, quantization: Quantization = "none", quantize_v
     Input: `tiny`, a hub id, or a folder that may hold a `config.json` alone; a run or checkpoint counts as its base.
     `quantization`, `quantize_vision` as in `load`: weights that would be held in 4 bits are marked, so that
     `parameters_by_area` counts them as quantised; bitsandbytes is not needed.
-    Output: a model on torch's `meta` device; `lora.count_adapter` and `lora.train_only` say what of it would train.
+    Output: a model on torch's `meta` device. An adapter goes on by `get_peft_model(…, low_cpu_mem_usage=True)`, at once.
 
     Raises:
         ModelError: as `load`.

@@ -18,9 +18,12 @@ from vlmdet.config import Settings
 from vlmdet.contract import Contract
 from vlmdet.data.augment import augment_rows
 from vlmdet.data.collators import Qwen2VLCollatorV1, Qwen2VLCollatorV2, Qwen2VLCollatorV3
+from vlmdet.data.collators_other import PromptAnswerCollator
 from vlmdet.data.dataset import build_rows
 from vlmdet.data.resized import ResizedCollator, ResizedPictures, undecoded
+from vlmdet.errors import ConfigError
 from vlmdet.grounding.sizes import plan_view
+from vlmdet.models.processors import is_other_family
 from vlmdet.records import Sample
 from vlmdet.runs import RUNS
 from vlmdet.training.vision_cache import FeatureCollator, FrozenFeatures
@@ -67,8 +70,20 @@ def training_rows(
 
 
 def make_collator(processor: Any, settings: Settings, contract: Contract) -> Any:
-    """Return the collator that the settings name, with the contract's pixel limits; resized pictures are cached if asked."""
+    """Return the collator that the settings name, with the contract's pixel limits; resized pictures are cached if asked.
+
+    Raises:
+        ConfigError: the settings ask for what is there for Qwen-VL only.
+    """
     limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
+    if is_other_family(processor):
+        for key, usual in (("collator", "v3"), ("cache_pictures", False), ("cache_features", False)):
+            if getattr(settings.training, key) != usual:
+                raise ConfigError(
+                    f"training.{key}={getattr(settings.training, key)} is there for Qwen-VL only",
+                    f"leave it at {usual}",
+                )
+        return PromptAnswerCollator(processor, **limits)
     kinds = {"v1": Qwen2VLCollatorV1, "v2": Qwen2VLCollatorV2, "v3": Qwen2VLCollatorV3}
     collator = kinds[settings.training.collator](processor, **limits)
     if settings.training.cache_pictures:

@@ -15,9 +15,11 @@ from markupsafe import Markup
 from PIL import Image
 
 from vlmdet.data.collators import END_TOKEN, IGNORED, Qwen2VLCollatorV3
+from vlmdet.data.collators_other import end_token, in_one_row
 from vlmdet.errors import TrainingError
 from vlmdet.grounding import View, get_codec
 from vlmdet.images import open_image, to_upright_rgb
+from vlmdet.models.processors import is_other_family
 from vlmdet.utils import html
 from vlmdet.utils.visualization import visualize_bbox_on_image
 
@@ -41,9 +43,11 @@ def check_first_batch(
         TrainingError: there is such a line, and the collator is the default one, or is not known to differ (`v1`, `v2`).
     """
     tokenizer = processor.tokenizer
-    end = _ids(tokenizer, [END_TOKEN]) or {tokenizer.eos_token_id}
+    end_word = end_token(processor) if is_other_family(processor) else END_TOKEN
+    end = _ids(tokenizer, [end_word]) or {tokenizer.eos_token_id}
     odd = _ids(tokenizer, UNSUPERVISED)
     found: list[str] = []
+    batch = in_one_row(batch)
     rows = zip(names, *(batch[key].tolist() for key in ("input_ids", "labels", "attention_mask")), strict=True)
     for name, ids, labels, mask in rows:
         learnt = [i for i, label in enumerate(labels) if label != IGNORED]
@@ -60,8 +64,8 @@ def check_first_batch(
             found.append(f"{name}: {pictures} tokens that stand for a picture carry loss")
         if labels[learnt[-1]] not in end:
             last = tokenizer.decode([labels[learnt[-1]]])
-            known = "" if not end & {labels[i] for i in learnt} else f"; {END_TOKEN} before it does"
-            found.append(f"{name}: the last token that carries loss is {last!r}, not {END_TOKEN}{known}")
+            known = "" if not end & {labels[i] for i in learnt} else f"; {end_word} before it does"
+            found.append(f"{name}: the last token that carries loss is {last!r}, not {end_word}{known}")
     if found and (collator is None or isinstance(collator, Qwen2VLCollatorV3)):
         raise TrainingError(f"the first batch's labels are wrong: {found[0]}", "look at train/first_batch.html")
     return found
@@ -90,6 +94,7 @@ def write_first_batch(
     Raises:
         ValueError: rows, names and pictures differ in number.
     """
+    batch = in_one_row(batch)
     ids, labels, mask = (batch[key].tolist() for key in ("input_ids", "labels", "attention_mask"))
     tokens = sum(map(sum, mask))
     image_id = getattr(processor, "image_token_id", None)

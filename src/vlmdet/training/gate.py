@@ -227,7 +227,7 @@ def _generate(
         answers = generate_answers(
             model,
             processor,
-            [build_messages(contract.labels)] * len(rows),
+            [build_messages(contract.labels, codec=contract.codec)] * len(rows),
             [row["image"] for row in rows],
             **limits,
             max_new_tokens=longest + 8,

@@ -14,8 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from vlmdet.data.collators import END_TOKEN
+from vlmdet.data.collators_other import count_row_tokens
 from vlmdet.errors import DataError
 from vlmdet.grounding.sizes import plan_view
+from vlmdet.models.processors import is_other_family
 
 BATCH = 1000
 """Rows that are read and tokenised at once, so that memory does not grow with the number of rows."""
@@ -62,8 +64,16 @@ def count_tokens(
     """
     if len(rows) != len(sizes):
         raise ValueError(f"{len(rows)} rows, {len(sizes)} sizes")
-    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
     ids: list[str] = []
+    shape = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+    if is_other_family(processor):  # every picture at one size
+        counts = np.zeros((len(rows), 3), dtype=np.int64)
+        for chunk in tqdm(_chunks(rows), "tokens", -(-len(rows) // BATCH), delay=2, leave=False, disable=None):
+            found = count_row_tokens(processor, [_plain(row["messages"]) for row in chunk])
+            counts[len(ids) : len(ids) + len(chunk)] = found
+            ids += [str(row["id"] or "") for row in chunk]
+        return RowTokens(tuple(ids), shape, *counts.T)
+    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
     text, answer = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
     for chunk in tqdm(_chunks(rows), "tokens", -(-len(rows) // BATCH), delay=2, leave=False, disable=None):
         place = slice(len(ids), len(ids) + len(chunk))
@@ -75,15 +85,13 @@ def count_tokens(
         learnt = [
             [_text(one) + END_TOKEN for one in messages if one["role"] == "assistant"] for messages in messages_list
         ]
-        counts = iter(_lengths(processor.tokenizer, [turn for turns in learnt for turn in turns]).tolist())
-        answer[place] = [sum(next(counts) for _ in turns) for turns in learnt]
+        each = iter(_lengths(processor.tokenizer, [turn for turns in learnt for turn in turns]).tolist())
+        answer[place] = [sum(next(each) for _ in turns) for turns in learnt]
     image = [
         _image_tokens(size, name, min_pixels=min_pixels, max_pixels=max_pixels, factor=factor)
         for size, name in zip(sizes, ids, strict=True)
     ]
-    return RowTokens(
-        tuple(ids), np.asarray(sizes, dtype=np.int64).reshape(-1, 2), text, np.asarray(image, dtype=np.int64), answer
-    )
+    return RowTokens(tuple(ids), shape, text, np.asarray(image, dtype=np.int64), answer)
 
 
 def refuse_long_rows(tokens: RowTokens, *, limit: int, min_pixels: int, max_pixels: int, factor: int = 28) -> None:
@@ -104,10 +112,12 @@ def refuse_long_rows(tokens: RowTokens, *, limit: int, min_pixels: int, max_pixe
     first = ", ".join(
         f"{tokens.ids[i]} ({tokens.total[i]:,}: {tokens.image[i]:,} image, {tokens.text[i]:,} text)" for i in over[:3]
     )
-    fitting = fitting_max_pixels(tokens, limit=limit, min_pixels=min_pixels, max_pixels=max_pixels, factor=factor)
+    one_size = min_pixels == max_pixels == factor**2  # of a family that sees every picture so, in any number of tokens
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels, "factor": factor}
+    fitting = None if one_size else fitting_max_pixels(tokens, limit=limit, **limits)
     if fitting is not None:
         hint = f"model.max_pixels={fitting} fits them all; nothing is ever cut"
-    elif (tokens.text[over] >= limit).any():
+    elif one_size or (tokens.text[over] >= limit).any():
         hint = "the text alone is too long: ask for fewer classes, or leave those rows out; nothing is ever cut"
     else:
         hint = f"not even model.max_pixels={min_pixels}, the smallest allowed, fits them: lower model.min_pixels too"
