@@ -75,16 +75,6 @@ def alone(place: Path) -> Path:
     return place / "runs" / "alone" / "001"
 
 
-@pytest.fixture(scope="module")
-def pair(place: Path) -> Path:
-    """The run of two processes, two pictures a step each."""
-    done = vlmdet(place, *words("pair", 2), "--num-processes", "2")
-    assert done.returncode == 0, done.stderr
-    assert "distributed type MULTI_CPU, 2 processes" in done.stdout
-    assert done.stdout.count("best checkpoint:") == 1  # one of them speaks
-    return place / "runs" / "pair" / "001"
-
-
 def check_same(one: Path, other: Path) -> None:
     assert len(curve(one)) == len(curve(other)) == STEPS
     assert curve(one) == pytest.approx(curve(other), abs=1e-4)
@@ -93,17 +83,15 @@ def check_same(one: Path, other: Path) -> None:
     assert float(scores(one)["mean_best_iou"]) > 0.05  # or equal scores would show nothing
 
 
-def test_two_processes_train_what_one_trains(alone: Path, pair: Path) -> None:
-    check_same(alone, pair)
-
-
 def test_four_processes_train_what_one_trains(alone: Path, place: Path) -> None:
     done = vlmdet(place, *words("four", 1), "--num-processes", "4")
     assert done.returncode == 0, done.stderr
+    assert "distributed type MULTI_CPU, 4 processes" in done.stdout
+    assert done.stdout.count("best checkpoint:") == 1  # one of them speaks
     check_same(alone, place / "runs" / "four" / "001")
 
 
-def test_one_that_dies_ends_all_and_the_same_command_goes_on(place: Path, pair: Path) -> None:
+def test_one_of_two_that_dies_ends_both_and_the_same_command_goes_on_to_the_same_end(alone: Path, place: Path) -> None:
     (place / "killer.py").write_text(KILLER)
     config = ROOT / "configs" / "accelerate" / "cpu.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "killer.py"]
@@ -118,5 +106,4 @@ def test_one_that_dies_ends_all_and_the_same_command_goes_on(place: Path, pair: 
     assert done.returncode == 0, done.stderr
     assert "going on from runs/dies/001/checkpoints/checkpoint-2" in done.stdout
     assert (run / "done.json").exists()
-    assert curve(run) == pytest.approx(curve(pair), abs=1e-6)
-    assert scores(run) == scores(pair)
+    check_same(alone, run)

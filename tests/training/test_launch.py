@@ -107,6 +107,7 @@ def test_what_cannot_be_launched_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         launch(2, ["env"])
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_that_of_the_process_that_failed(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "vlmdet", "train", "absent", "--num-processes", "2"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
