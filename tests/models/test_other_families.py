@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,23 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.utils import add_fused_lm_head
 
 from vlmdet.boxes import Boxes
+from vlmdet.config import load_settings
 from vlmdet.data.collators_other import PromptAnswerCollator, in_one_row
 from vlmdet.data.dataset import build_messages
-from vlmdet.errors import TrainingError
+from vlmdet.errors import ModelError, TrainingError
 from vlmdet.grounding import View, get_codec
 from vlmdet.models.families import area_of, codec_of, resolve_targets
 from vlmdet.models.inference import generate_answers
+from vlmdet.models.loader import load
 from vlmdet.models.lora import build_lora_config
 from vlmdet.models.processors import seen_size, show_whole_pictures
 from vlmdet.training.first_batch import check_first_batch
 from vlmdet.training.lengths import count_tokens, refuse_long_rows
+from vlmdet.training.prepare import prepare
+from vlmdet.training.train import train
 
 FAMILIES = ("paligemma", "florence2", "internvl", "idefics3")
+CODECS = {"idefics3": "plain_json"}
 LABELS = ["cup", "red sign"]
 TRUTH = {"cup": [0.1, 0.2, 0.5, 0.6], "red sign": [0.3, 0.1, 0.9, 0.8]}
 SIZE = (80, 60)
@@ -190,3 +196,47 @@ def test_tokens_are_counted_without_a_picture(base: tuple[Any, Any]) -> None:
     refuse_long_rows(tokens, limit=int(total.max()), factor=width, **limits(processor))
     with pytest.raises(Exception, match=r"rows have more than 9 tokens.*the text alone is too long"):
         refuse_long_rows(tokens, limit=9, factor=width, **limits(processor))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_trains_and_loads_again_under_its_contract(
+    other_base: Callable[[str], Path], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for part in ("train", "val"):
+        Image.new("RGB", SIZE, (200, 220, 240)).save(folder / f"{part}.png")
+        line = {"id": part, "image": f"{part}.png", "width": SIZE[0], "height": SIZE[1], "split": part}
+        line |= {"boxes": [[0.1, 0.2, 0.5, 0.6]], "box_format": "xyxy/fraction", "labels": ["cup"]}
+        (folder / f"{part}.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    settings = load_settings(
+        None,
+        [
+            f"data.source={folder}",
+            f"model.name={other_base(family)}",
+            "training.max_steps=2",
+            "training.batch_size=1",
+            "training.learning_rate=1e-3",
+            "training.report_to=[]",
+            "training.overfit_gate=false",
+            "evaluation.max_new_tokens=8",
+        ],
+    )
+    prepared = prepare(settings, say=lambda line: None)
+    contract = prepared.contract
+    own = family in ("paligemma", "florence2")
+    assert contract.codec == CODECS.get(family, family)
+    assert contract.system_prompt == ("" if own else "You find objects in images and answer with their bounding boxes.")
+    assert contract.user_prompt == {
+        "paligemma": "detect cup",
+        "florence2": "<OPEN_VOCABULARY_DETECTION>cup",
+    }.get(family, "Detect every cup in this image. If there is none, answer: none")
+    side = 64 if family == "florence2" else 56
+    assert (contract.min_pixels, contract.max_pixels, contract.size_factor) == (side * side, side * side, side)
+    run = train(prepared, say=lambda line: None)
+    tuned = load(str(run / "checkpoints" / "best"))
+    assert tuned.contract == contract
+    assert any(bool(weight.any()) for name, weight in tuned.model.named_parameters() if "lora_B" in name)
+    with pytest.raises(ModelError, match=rf"sees every picture at {side} x {side}"):
+        load(str(other_base(family)), min_pixels=3136, max_pixels=12544)

@@ -98,7 +98,8 @@ def estimate_memory(
 def _activations(model: Any, batch: Batch, compute_bytes: int, *, checkpointing: bool, device: str) -> float:
     """Return the bytes that autograd keeps of a batch.
 
-    Of the language model always, since the loss lies behind it; of the vision tower where something in it trains.
+    Of the language model always, since the loss lies behind it; of the vision tower where something in it trains. Of an
+    encoder-decoder (Florence-2) every layer is taken to see all tokens, and its tower of convolutions is not counted.
     """
     areas = {area_of(name) for name, one in model.named_parameters() if one.requires_grad}
     if not areas:
@@ -107,15 +108,16 @@ def _activations(model: Any, batch: Batch, compute_bytes: int, *, checkpointing:
     adapters = _adapter_bytes(model, mask_bytes=1 if device == "cuda" else 4)
     tokens = batch.rows * batch.tokens
     each = _decoder_numbers(text, trains="language" in areas and not adapters["language"]) * compute_bytes
+    layers = text.num_hidden_layers + (text.decoder_layers if model.config.is_encoder_decoder else 0)
     blocks = [  # count, places, bytes of a place's input, bytes of a place in full
         (
-            text.num_hidden_layers,
+            layers,
             tokens,
             text.hidden_size * compute_bytes,
-            each + adapters["language"] / text.num_hidden_layers,
+            each + adapters["language"] / layers,
         )
     ]
-    if vision is not None and "vision" in areas:
+    if vision is not None and "vision" in areas and not hasattr(vision, "depths"):
         depth = getattr(vision, "depth", None) or vision.num_hidden_layers
         width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL's hidden_size is that of its merger
         patches = batch.rows * batch.image_tokens * getattr(vision, "spatial_merge_size", 1) ** 2
@@ -135,9 +137,11 @@ def _decoder_numbers(text: Any, *, trains: bool) -> int:
     gate, its activation and up. Where the layer itself trains: the normalised inputs (for the norms' weights) and the inputs of
     the linear layers.
     """
-    width, inner = text.hidden_size, text.intermediate_size
+    width = text.hidden_size
+    inner = getattr(text, "intermediate_size", None) or text.decoder_ffn_dim  # BART's name, in Florence-2
     head = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    queries = text.num_attention_heads * head
+    keys = getattr(text, "num_key_value_heads", text.num_attention_heads) * head
     always = 2 * width + 2 * queries + 2 * keys + 3 * inner
     return always + (4 * width + queries + inner if trains else 0)
 
