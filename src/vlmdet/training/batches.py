@@ -83,9 +83,9 @@ def make_collator(processor: Any, settings: Settings, contract: Contract) -> Any
                     f"training.{key}={getattr(settings.training, key)} is there for Qwen-VL only",
                     f"leave it at {usual}",
                 )
-        return PromptAnswerCollator(processor, **limits)
+        return PromptAnswerCollator(processor, min_pixels=contract.min_pixels, max_pixels=contract.max_pixels)
     kinds = {"v1": Qwen2VLCollatorV1, "v2": Qwen2VLCollatorV2, "v3": Qwen2VLCollatorV3}
-    collator = kinds[settings.training.collator](processor, **limits)
+    collator: Any = kinds[settings.training.collator](processor, **limits)
     if settings.training.cache_pictures:
         pictures = ResizedPictures(CACHE / "pictures", processor.image_processor, **limits)
         return ResizedCollator(collator, pictures)
