@@ -265,3 +265,13 @@ def test_one_line_says_what_was_found() -> None:
     assert format_gate(result) == "overfit gate: 1 of 2 rows generated back after 7 steps, loss 7.200 -> 0.015, 3.2 s"
     assert result.as_dict()["passed"] is False
     assert result.as_dict()["rows"][1]["generated"] == "y"
+
+
+@pytest.mark.parametrize(
+    ("last", "due", "passed"), [(3.5, False, True), (3.7, False, False), (3.5, True, False), (0.01, True, False)]
+)
+def test_a_frozen_language_model_needs_to_halve_the_loss_only(last: float, due: bool, passed: bool) -> None:
+    rows = (GateRow("a", "x", "y", 0.0, False),)
+    result = GateResult(steps=100, first_loss=7.2, last_loss=last, rows=rows, seconds=1.0, answers_due=due)
+    assert result.passed == passed
+    assert ("since the language model is frozen" in format_gate(result)) == (not due)
