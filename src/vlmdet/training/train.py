@@ -119,6 +119,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         peft_config = build_lora_config(model, **asdict(settings.lora))
     elif training.areas:
         train_only(model, training.areas)
+    half = model.dtype == torch.bfloat16  # asked of the first weight, which may be kept in float32 from here on
     keep_exact(model)
     model.config.use_cache = False
 
@@ -159,7 +160,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         max_grad_norm=training.max_grad_norm,
         neftune_noise_alpha=training.neftune_alpha or None,
         activation_checkpointing=training.gradient_checkpointing,
-        bf16=model.dtype == torch.bfloat16,
+        bf16=half,
         use_cpu=model.device.type == "cpu",
         max_length=None,
         ddp_find_unused_parameters=False,  # every row has a picture, so every trainable weight takes part in every step
@@ -308,8 +309,8 @@ def predict_watched(model: Any, *, prepared: Prepared, samples: Sequence[Sample]
     """Predict the validation pictures during training, under the run's contract; each process does its share."""
     evaluation = prepared.settings.evaluation
     device = model.device.type
-    mixed = any(weight.dtype != model.dtype for weight in model.parameters() if weight.is_floating_point())
-    with torch.autocast(device, torch.bfloat16, enabled=mixed and model.dtype == torch.bfloat16):
+    types = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    with torch.autocast(device, torch.bfloat16, enabled=len(types) > 1 and torch.bfloat16 in types):
         return predict_shared(
             partial(
                 predict,
