@@ -281,8 +281,8 @@ def test_other_pixel_limits_are_refused(load: Callable[[str], Any]) -> None:
     processor = load("paligemma")
     with pytest.raises(ConfigError, match=r"12544 and 1003520, but this model sees every picture at 56 x 56"):
         PromptAnswerCollator(processor, min_pixels=12544, max_pixels=1003520)
-    with pytest.raises(ConfigError, match="unknown padding side 'rigth'"):
-        PromptAnswerCollator(processor, **limits(processor), padding_side="rigth")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown padding side 'middle'"):
+        PromptAnswerCollator(processor, **limits(processor), padding_side="middle")  # type: ignore[arg-type]
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ the answer goes, and which token ends it:
     encoder   <image>…<s>Locate cup in the image.</s>         <s>answer</s>, to the decoder             Florence-2
 
 A row holds one question, one answer and, but in a chat, one picture; how it is seen, `models.processors` says.
+The module is long since the words of a row, their ids and the proof of both stand or fall together.
 """
 
 from __future__ import annotations
