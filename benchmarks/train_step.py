@@ -76,7 +76,8 @@ class Turns:
         """Wait for the turn, unless it is ours already, and start the clock."""
         if not self.has_turn:
             self.say(event="waits")
-            sys.stdin.readline()
+            if not sys.stdin.readline():
+                raise SystemExit("the parent is gone")
             self.has_turn = True
         self.started = time.perf_counter()
 
@@ -359,10 +360,16 @@ def main() -> None:
         folder = Path(scratch) / "photographs"
         alone("draw", folder, max(args.rows, *args.memory_rows, 1))
         tokens = int(alone("tokens", folder, args.rows))
-        sides = [Side(name, folder, args.rows, args.epochs) for name in args.sides]
-        for epoch in range(args.epochs):
+        sides = []
+        try:
+            for name in args.sides:
+                sides.append(Side(name, folder, args.rows, args.epochs))
+            for epoch in range(args.epochs):
+                for side in sides:
+                    side.epoch(last=epoch == args.epochs - 1)
+        finally:
             for side in sides:
-                side.epoch(last=epoch == args.epochs - 1)
+                side.process.kill()  # nothing where it has ended
         result: dict[str, Any] = {
             "benchmark": "train_step",
             "peer": "trl",
