@@ -275,3 +275,11 @@ def test_a_frozen_language_model_needs_to_halve_the_loss_only(last: float, due: 
     result = GateResult(steps=100, first_loss=7.2, last_loss=last, rows=rows, seconds=1.0, answers_due=due)
     assert result.passed == passed
     assert ("since the language model is frozen" in format_gate(result)) == (not due)
+
+
+def test_whether_answers_are_due_follows_what_trains(small: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmdet.training.gate._learn", lambda *_, **__: (3, 7.0, 1.0))
+    with pytest.raises(TrainingError, match="they were not even learnt"):
+        run(small)
+    small.model.model.language_model.requires_grad_(False)
+    assert not run(small).answers_due
