@@ -44,15 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         raise  # another pipe, such as a worker's: a bug
     except VlmdetError as error:
-        print(f"vlmdet {args.verb}: {error}", file=sys.stderr)
+        _tell(f"vlmdet {args.verb}: {error}")
         return 2
     except Stopped as stopped:
-        print(f"vlmdet {args.verb}: {stopped}", file=sys.stderr)
+        _tell(f"vlmdet {args.verb}: {stopped}")
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print(f"vlmdet {args.verb}: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _tell(text: str) -> None:
+    """Print a line on stderr, once where several processes run the same command."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
