@@ -19,7 +19,12 @@ def cells(path: Path) -> list[tuple[str, str]]:
 
 
 def test_there_are_notebooks() -> None:
-    assert {path.stem for path in SCRIPTS} >= {"01_dataset_exploration", "03_data_preprocessing"}
+    assert {path.stem for path in SCRIPTS} >= {
+        "01_dataset_exploration",
+        "02_model_understanding",
+        "03_data_preprocessing",
+        "fine_tuning_vlm_for_object_detection_trl",
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
