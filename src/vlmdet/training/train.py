@@ -211,7 +211,23 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     first = [rows[i] for i in range(min(training.batch_size, len(rows)))]
     batch = collator(first)
     names = [row["id"] for row in first]
+    pictures = [row["image"] for row in first]  # as augmentation left them
+    if isinstance(pictures[0], dict):  # left undecoded for a cache
+        pictures = [sample.image for sample in samples[: len(first)]]
+    page = partial(
+        write_first_batch,
+        folder / "train" / "first_batch.html",
+        batch,
+        processor,
+        names,
+        pictures=pictures,
+        codec=contract.codec,
+    )
+    if is_main():
+        page()  # before it is judged, so that what is wrong can be looked at
     findings = check_first_batch(batch, processor, names, collator=collator)
+    if findings and is_main():
+        page(findings=findings)
     plan = make_plan(
         settings,
         trainer.model,
@@ -220,22 +236,10 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         processes=world_size(),
         device=model.device.type,
         compute_bytes=2 if arguments.bf16 else 4,
-        seconds_per_pass=measure_step(trainer.model, batch),
+        seconds_per_pass=measure_step(trainer.model, batch, fused=True),
     )
     say(format_plan(plan))
     if is_main():
-        pictures = [sample.image for sample in samples[: len(first)]]
-        if any(asdict(settings.augment).values()):
-            pictures = [row["image"] for row in first]  # as the augmentation left them
-        write_first_batch(
-            folder / "train" / "first_batch.html",
-            batch,
-            processor,
-            names,
-            pictures=pictures,
-            codec=contract.codec,
-            findings=findings,
-        )
         (folder / "train" / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
     if training.overfit_gate and goes_on is None and steps > STEPS:
         say(f"overfit gate: {ROWS} rows …")
@@ -279,6 +283,7 @@ def learn_by_heart(model: Any, prepared: Prepared) -> GateResult:
         contract=contract,
         learning_rates=gate_rates(settings.training),
         batch_size=min(ROWS, settings.training.batch_size),
+        fused=True,
     )
 
 
