@@ -295,3 +295,20 @@ def test_loading_from_the_hub(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert turned["image"].size == (20, 40) and plain["image"].size == (40, 20)
     np.testing.assert_allclose(turned["boxes"], [[0.5, 0.2, 0.9, 0.9]])  # x = 1 - y, y = x: a quarter to the right
     np.testing.assert_allclose(plain["boxes"], [[0.2, 0.1, 0.9, 0.5]])
+
+
+def test_rows_that_carry_their_pictures_are_not_held_in_memory() -> None:
+    import pyarrow
+
+    size, count = 100_000, 80
+    picture = bytes(size)
+    samples = [
+        Sample(f"{i}", lambda: picture, 100, 80, Boxes.empty(), (), source=f"row {i}") for i in range(count)
+    ]  # fmt: skip
+    before = pyarrow.total_allocated_bytes()
+    rows = build_rows(samples, labels=["cup"])
+    assert pyarrow.total_allocated_bytes() - before < size * 4  # of 8 MB
+    assert len(rows) == count
+    assert rows.with_format("arrow")[79]["image"][0]["bytes"].as_py() == picture
+    empty = build_rows([], labels=["cup"])
+    assert len(empty) == 0 and empty.column_names == rows.column_names

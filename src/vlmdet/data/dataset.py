@@ -17,9 +17,12 @@ The picture itself is put into the messages later, for every batch, by `data.col
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -47,6 +50,9 @@ ViewOf = Callable[[int, int], View]
 
 IMAGE_PLACEHOLDER = "IMAGE_PLACEHOLDER"
 """Stands where a picture belongs: Arrow cannot store a picture in one part of a message and text in the next."""
+
+ROWS_AT_ONCE = 32
+"""Rows that are held in memory while they are written to Arrow's file; each may carry a photograph."""
 
 NUTRITION_TABLES = "openfoodfacts/nutrition-table-detection"
 NUTRITION_LABELS = (
@@ -237,23 +243,23 @@ def build_rows(
     Input: as `build_row`; `view_of` plans the view of a picture by width and height in pixels, for codecs that write pixels
     of the resized picture: `partial(plan_view, min_pixels=…, max_pixels=…, factor=…)`.
     Output: columns `id`, `messages`, `image`, `boxes`, `labels`. Arrow gives every part of a message all keys (`text`,
-    `image`), None where unused; `restore_images_in_conversations` takes them away again.
+    `image`), None where unused; `restore_images_in_conversations` takes them away again. The rows lie in a temporary file, which
+    is deleted when the process ends, and not in memory.
     """
     from datasets import Dataset
+    from datasets.arrow_writer import ArrowWriter
 
-    rows = [
-        build_row(
-            sample,
-            labels=labels,
-            codec=codec,
-            box_order=box_order,
-            view=view_of(sample.width, sample.height) if view_of else None,
-        )
-        for sample in samples
-    ]
-    features = conversation_features()
-    # From columns: without a row `from_list` would know no columns.
-    return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
+    # Through a file that Arrow maps into memory: rows that carry their pictures may be gigabytes.
+    folder = Path(tempfile.mkdtemp(prefix="vlmdet-rows-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with ArrowWriter(
+        features=conversation_features(), path=str(folder / "rows.arrow"), writer_batch_size=ROWS_AT_ONCE
+    ) as writer:
+        for sample in samples:
+            view = view_of(sample.width, sample.height) if view_of else None
+            writer.write(build_row(sample, labels=labels, codec=codec, box_order=box_order, view=view))
+        writer.finalize()
+    return Dataset.from_file(str(folder / "rows.arrow"))
 
 
 def load_nutrition_tables(
