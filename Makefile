@@ -36,7 +36,7 @@ demo: $(STAMP)
 	@$(BIN)/vlmdet demo
 
 test: $(STAMP)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib.util
 import itertools
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,9 +117,13 @@ def qwen_processor(request: pytest.FixtureRequest) -> Any:
     template = _package_file("trl", "chat_templates/qwen2_5_vl.jinja").read_text(encoding="utf-8")
     from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
-    folder = Path(request.config.cache.mkdir("qwen2-vl-vocabulary"))
-    if not (folder / "tokenizer_config.json").exists():  # written last
-        _write_vocabulary(ranks, folder)
+    folder = Path(request.config.cache.mkdir("qwen2-vl")) / "vocabulary"
+    if not folder.is_dir():  # written beside it and renamed: another worker may be doing the same
+        part = Path(tempfile.mkdtemp(dir=folder.parent))
+        _write_vocabulary(ranks, part)
+        with contextlib.suppress(OSError):  # the other was quicker
+            part.rename(folder)
+        shutil.rmtree(part, ignore_errors=True)
     tokenizer = Qwen2Tokenizer.from_pretrained(folder)
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(),
