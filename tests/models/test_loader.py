@@ -15,7 +15,7 @@ from vlmdet.contract import Contract
 from vlmdet.errors import ConfigError, ModelError, TrainingError, VlmdetError
 from vlmdet.models.families import is_quantised
 from vlmdet.models.fingerprint import fingerprint
-from vlmdet.models.loader import Loaded, load, make_contract
+from vlmdet.models.loader import Loaded, _device, load, make_contract
 from vlmdet.models.lora import build_lora_config
 
 LIMITS = {"min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28}
@@ -179,3 +179,13 @@ def test_what_lies_below_a_stage_may_not_change(family_base: Callable[[str], Pat
         ModelError, match=r"one: holds no adapter_model\.safetensors; other weight files are never read"
     ):
         load("two")
+
+
+def test_a_process_of_several_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [_device(one) for one in ("auto", "cpu")] == ["cpu", "cpu"]
+    with pytest.raises(ModelError, match="no CUDA device"):
+        _device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [_device(one) for one in ("auto", "cuda", "cuda:2", "cpu")] == ["cuda:0", "cuda:0", "cuda:2", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [_device(one) for one in ("auto", "cuda", "cuda:2", "cpu")] == ["cuda:3", "cuda:3", "cuda:2", "cpu"]

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from vlmdet.training.checkpoints import delete_checkpoint, go_back, is_disk_full, point, whole_checkpoints
+from vlmdet.errors import ConfigError
+from vlmdet.training.checkpoints import (
+    delete_checkpoint,
+    go_back,
+    is_disk_full,
+    point,
+    refuse_other_processes,
+    whole_checkpoints,
+)
 
 
 def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
@@ -89,3 +97,16 @@ def test_a_full_disk_is_told_from_other_errors() -> None:
     )
     assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
     assert not is_disk_full(ValueError("no such row"))
+
+
+def test_another_number_of_processes_does_not_go_on(tmp_path: Path) -> None:
+    alone, shared = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    (alone / "rng_state.pth").touch()
+    for rank in (0, 1):
+        (shared / f"rng_state_{rank}.pth").touch()
+    refuse_other_processes(alone, 1)
+    refuse_other_processes(shared, 2)
+    with pytest.raises(ConfigError, match=r"trained on 2 processes, and this is a run on 1.*--num-processes 2"):
+        refuse_other_processes(shared, 1)
+    with pytest.raises(ConfigError, match=r"trained on 1 process, and this is a run on 4.*one process"):
+        refuse_other_processes(alone, 4)

@@ -122,6 +122,21 @@ def test_killed_while_saving_and_killed_between_checkpoints(small_base: Path, pi
     assert_equal_runs(whole, stopped)
 
 
+def test_killed_after_the_last_checkpoint_takes_no_step_more(small_base: Path, pictures: Path) -> None:
+    settings = settings_for(small_base, "training.max_steps=2", "training.save_every=0")  # the middle of the first pass
+    folder, _ = go(settings)
+    done, before = (folder / "done.json").read_text(), weights(folder)
+    (folder / "done.json").unlink()  # it died just before it wrote that
+
+    again, lines = go(settings)
+    assert again == folder
+    assert any("going on from" in line for line in lines)
+    assert (folder / "done.json").read_text() == done
+    assert [step for step, _ in losses(folder)] == [1, 2]
+    after = weights(folder)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_a_signal_saves_and_the_same_command_goes_on(
     small_base: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

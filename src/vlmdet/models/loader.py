@@ -83,8 +83,8 @@ def load(
     When: once per run.
 
     Input: `name`, `tiny`, a hub id, a folder of weights, a run or a checkpoint; `dtype`, `auto` is float32 on a CPU and
-    bfloat16 on a GPU that has it; `device`, `auto` is this process's GPU, else the CPU; `attention`, `sdpa`, `eager` or
-    `flash_attention_2`; pixel limits, needed for a base other than `tiny`; a run brings its own. `quantization`, `nf4` holds
+    bfloat16 on a GPU that has it; `device`, `auto` is this process's GPU, else the CPU, and `cuda` that GPU; `attention`,
+    `sdpa`, `eager` or `flash_attention_2`; pixel limits, needed for a base other than `tiny`; a run brings its own. `quantization`, `nf4` holds
     the linear layers of the language model in 4 bits (double quantisation, arithmetic in `dtype`), and with
     `quantize_vision` those of the vision tower and its mergers; head and embeddings never. `as_base`, what is named is the base
     of a next stage: an adapter on it is merged into it, its contract is not handed on, and pixel limits that are given hold.
@@ -360,12 +360,12 @@ def make_contract(
 
 
 def _device(device: str) -> str:
-    if device == "auto":
-        # each process that a launcher starts has a GPU of its own
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if device == "auto" and not torch.cuda.is_available():
+        return "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {device}: no CUDA device is usable here", "use model.device=cpu")
-    return device
+    # each process that a launcher starts has a GPU of its own
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device in ("auto", "cuda") else device
 
 
 def _dtype(dtype: str, device: str) -> torch.dtype:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdet.contract import FILE_NAME
+from vlmdet.errors import ConfigError
 
 PREFIX = "checkpoint-"
 
@@ -55,6 +56,23 @@ def delete_others(checkpoints: Path) -> None:
     for folder in checkpoints.glob(f"{PREFIX}*"):
         if folder.name not in kept:
             delete_checkpoint(folder)
+
+
+def refuse_other_processes(checkpoint: Path, processes: int) -> None:
+    """Refuse to go on from a checkpoint that another number of processes wrote.
+
+    When: once, before a stopped run goes on: a step would see another number of pictures, and the steps that were taken would be
+    counted as others.
+
+    Raises:
+        ConfigError: the trainer has kept the random state of another number of processes beside the weights.
+    """
+    wrote = len(list(checkpoint.glob("rng_state_*.pth"))) or 1
+    if wrote != processes:
+        raise ConfigError(
+            f"{checkpoint} was trained on {wrote} process{'es' * (wrote > 1)}, and this is a run on {processes}",
+            f"go on with {f'--num-processes {wrote}' if wrote > 1 else 'one process'}, or start another run with --new",
+        )
 
 
 def rank(row: dict[str, float]) -> tuple[float, float]:

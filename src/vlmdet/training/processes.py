@@ -83,6 +83,25 @@ def predict_shared(
     return [gathered[i] for i in range(len(samples))]
 
 
+def refuse_other_device(placed: Any, taken: Any) -> None:
+    """Refuse a run whose model lies on another device than the one to which the trainer would move it.
+
+    When: once per run, before the trainer is built. The trainer takes a process's own GPU, the first where there is one process,
+    whatever `model.device` says.
+
+    Input: two `torch.device`, of the model and of the trainer's arguments; a missing number is 0, and a CPU has none.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    other = placed.type != "cpu" and (placed.index or 0) != (taken.index or 0)
+    if placed.type != taken.type or other:
+        raise ConfigError(
+            f"the model lies on {placed}, and the trainer would move it to {taken}",
+            "leave model.device at auto, and choose a GPU with CUDA_VISIBLE_DEVICES",
+        )
+
+
 def check_launched(asked: str, accelerator: Any) -> str:
     """Compare how the work is shared with what was asked for.
 

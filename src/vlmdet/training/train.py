@@ -45,7 +45,7 @@ from vlmdet.training.callbacks import (
     StopCallback,
     choose_trackers,
 )
-from vlmdet.training.checkpoints import go_back, is_disk_full, write_done
+from vlmdet.training.checkpoints import go_back, is_disk_full, refuse_other_processes, step_of, write_done
 from vlmdet.training.first_batch import check_first_batch, write_first_batch
 from vlmdet.training.gate import ROWS, STEPS, GateResult, choose_rows, format_gate, gate_rates, overfit_gate
 from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
@@ -53,7 +53,14 @@ from vlmdet.training.losses import score_supervised_only
 from vlmdet.training.optim import make_optimizer
 from vlmdet.training.plan import format_plan, make_plan, measure_step, plan_steps
 from vlmdet.training.prepare import Prepared, Say, prepare
-from vlmdet.training.processes import check_launched, from_main, is_main, predict_shared, world_size
+from vlmdet.training.processes import (
+    check_launched,
+    from_main,
+    is_main,
+    predict_shared,
+    refuse_other_device,
+    world_size,
+)
 
 
 def train_stages(
@@ -70,13 +77,18 @@ def train_stages(
         if len(stages) > 1:
             say(f"\nstage {number} of {len(stages)}: {settings.name}")
         if below is not None:
-            best = os.path.relpath((below / "checkpoints" / "best").resolve())
+            # the main process says it, once it has pointed `best`: another might still see the one before
+            best = from_main(partial(_best_of, below))
             settings = replace(settings, model=replace(settings.model, name=best))
         prepared = prepare(settings, command=command, new=new, reuse=not last, say=say)
         below = prepared.folder if is_done(prepared.folder) else train(prepared, say=say)
         if not last and prepared.lock is not None:
             prepared.lock.close()
     return prepared.folder, prepared
+
+
+def _best_of(folder: Path) -> str:
+    return os.path.relpath((folder / "checkpoints" / "best").resolve())
 
 
 def train(prepared: Prepared, *, say: Say = print) -> Path:
@@ -98,6 +110,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     goes_on, history = from_main(partial(go_back, folder))
     if goes_on is not None:
         say(f"going on from {goes_on}")
+        refuse_other_processes(goes_on, world_size())
 
     # 1. Rows: conversation and picture, written once; changed at every access only where augmentation is on.
     # One that is too long is refused: nothing is ever cut.
@@ -175,6 +188,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         seed=training.seed,
         push_to_hub=False,
     )
+    refuse_other_device(model.device, arguments.device)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs and no launcher: never DataParallel
     trainer = SFTTrainer(
         model=model,
@@ -245,12 +259,15 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         say(f"overfit gate: {ROWS} rows …")
         say(format_gate(learn_by_heart(trainer.model, prepared)))
     transformers.set_seed(training.seed)
-    with saving_to(folder), stop:
-        trainer.train(resume_from_checkpoint=str(goes_on) if goes_on else None)
+    step = 0 if goes_on is None else step_of(goes_on)
+    # else it died between its last checkpoint and `done.json`, and the trainer would take one step more
+    if step < steps:
+        with saving_to(folder), stop:
+            trainer.train(resume_from_checkpoint=str(goes_on) if goes_on else None)
+        step = trainer.state.global_step
     model.config.use_cache = True
-    step = trainer.state.global_step
-    if stop.signal is not None and step < trainer.state.max_steps:
-        raise Stopped(f"stopped after step {step} of {trainer.state.max_steps}; the same command goes on", stop.signal)
+    if stop.signal is not None and step < steps:
+        raise Stopped(f"stopped after step {step} of {steps}; the same command goes on", stop.signal)
     best = (folder / "checkpoints" / "best").resolve()
     f1, iou = evaluation.best
     if is_main():
