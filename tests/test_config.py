@@ -375,6 +375,10 @@ def test_stages_of_stages_are_refused(tmp_path: Path) -> None:
     [
         (["model.quantization=nf4", "training.method=full"], "4-bit weights cannot be trained"),
         (["model.quantization=nf4", "training.method=full", "training.areas=[language]"], "4-bit weights"),
+        (
+            ["model.quantization=nf4", "training.method=full", "training.areas=[vision]"],
+            "nor any part",
+        ),  # the trainer refuses
         (["model.quantize_vision=true"], "set model.quantization=nf4 too"),
         (["training.areas=[vision]"], "an adapter names its lora.targets"),
         (["lora.ranks.vision.attn=8"], "none of lora.targets"),

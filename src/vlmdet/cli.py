@@ -493,7 +493,7 @@ def _predict(args: argparse.Namespace) -> None:
     contract = make_contract(
         loaded,
         labels=labels,
-        codec=loaded.contract.codec if loaded.contract else "qwen2_vl",
+        codec=loaded.contract.codec if loaded.contract else "auto",
         box_order="raster",
         max_new_tokens=MAX_NEW_TOKENS,
         data_fingerprint="",

@@ -468,10 +468,8 @@ def _limits(settings: Settings, *, needs_data: bool) -> Iterator[tuple[str, Any,
             "an adapter names its lora.targets; or use method=full",
         )
     elif model.quantization != "none":
-        unquantised = {"vision", "merger", "deepstack"} if not model.quantize_vision else set()
-        good = bool(training.areas) and set(training.areas) <= unquantised
-        way_out = "4-bit weights cannot be trained: use training.method=lora, or training.areas that stay unquantised"
-        yield "model.quantization", model.quantization, good, way_out
+        way_out = "4-bit weights cannot be trained, nor any part of a model that holds some: use training.method=lora"
+        yield "model.quantization", model.quantization, False, way_out
     good = model.quantization != "none" or not model.quantize_vision
     yield "model.quantize_vision", model.quantize_vision, good, "set model.quantization=nf4 too"
     for key in ("vision_learning_rate", "merger_learning_rate"):

@@ -6,13 +6,16 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlmdet.cli import main, parse
+from vlmdet.contract import Contract
 
 VERBS = ("demo", "inspect", "train", "convert", "eval", "predict", "merge", "env")
 
@@ -152,6 +155,21 @@ def test_predict_takes_odd_pictures_and_prints_a_line_for_each(
     assert all(row["status"] in {"ok", "none", "parse_failure"} for row in rows)
     for row in rows:
         assert Image.open(row["drawn"]).size == (row["width"], row["height"])
+
+
+def test_predict_asks_a_base_in_the_notation_of_its_family(
+    photo: Path, tmp_path: Path, family_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def predict(model: Any, processor: Any, samples: Any, *, contract: Contract) -> list[dict[str, Any]]:
+        used.append(contract.codec)
+        return [{"id": samples[0].id, "boxes": [], "labels": []}]
+
+    monkeypatch.setattr("vlmdet.evaluation.predict.predict", predict)
+    words = ["--min-pixels", "3136", "--max-pixels", "12544", "--classes", "star", "--out", str(tmp_path)]
+    assert main(["predict", str(photo), "--model", str(family_base("qwen3_vl")), *words]) == 0
+    assert used == ["qwen3_vl"]
 
 
 def test_two_pictures_of_one_name_are_both_drawn(
