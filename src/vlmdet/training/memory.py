@@ -3,8 +3,7 @@
 When: PER RUN, in the preflight; works on a model without weights (torch's `meta` device).
 
     part                 bytes
-    weights              numbers held whole x bytes of their type; what trains is float32 (`train.keep_exact`), but adapters on
-                         a 4-bit base, which TRL turns to bfloat16
+    weights              numbers held whole x bytes of their type; what trains is float32 (`train.keep_exact`)
     quantised weights    numbers / 2
     quantised constants  numbers x (8 / 64 + 32 / (64 x 256)) bits: double quantisation in blocks of 64 and 256
                          (Dettmers et al. 2023, QLoRA, section 3)
@@ -64,15 +63,13 @@ def estimate_memory(
     Output: bytes by part, in the order of the module's docstring.
     """
     weights = quantised = trained = matrices = 0.0
-    adapters_half = any(is_quantised(one) for one in model.parameters())
-    for name, one in model.named_parameters():
+    for one in model.parameters():
         numbers = numbers_of(one)
         if is_quantised(one):
             quantised += numbers
             continue
-        each = compute_bytes
+        each = 4 if one.requires_grad else compute_bytes
         if one.requires_grad:
-            each = 2 if adapters_half and "lora_" in name else 4
             trained += numbers * each
             matrices += numbers * each * (one.ndim == 2)
         weights += numbers * each
