@@ -31,11 +31,10 @@ def edges(image: Image.Image, color: tuple[int, int, int]) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_text_boxes_and_pixels_agree_after_any_mixture(seed: int) -> None:
-    torch.manual_seed(seed)
     boxes = [[x / side for x, side in zip(place, SIZE * 2, strict=True)] for place in PLACES.values()]
-    rows = {"image": [picture()], "boxes": [boxes], "labels": [list(PLACES)], "messages": [None]}
+    rows = {"id": ["a"], "image": [picture()], "boxes": [boxes], "labels": [list(PLACES)], "messages": [None]}
     out = augment_rows(
-        rows, chances=GEOMETRY, asked=list(PLACES), codec="qwen2_vl", box_order="raster", seed=0, epoch=lambda: 0
+        rows, chances=GEOMETRY, asked=list(PLACES), codec="qwen2_vl", box_order="raster", seed=seed, epoch=lambda: 0
     )
     moved = out["image"][0]
     for name, box in zip(PLACES, out["boxes"][0], strict=True):
@@ -72,12 +71,32 @@ def test_chances_of_zero_change_nothing_and_color_moves_nothing() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_picture_without_boxes_stays_without(seed: int) -> None:
-    torch.manual_seed(seed)
-    rows = {"image": [picture()], "boxes": [[]], "labels": [[]], "messages": [None]}
+    rows = {"id": ["a"], "image": [picture()], "boxes": [[]], "labels": [[]], "messages": [None]}
     chances = dict.fromkeys([*GEOMETRY, "color"], 1.0)
     out = augment_rows(
-        rows, chances=chances, asked=["red sign"], codec="qwen2_vl", box_order="raster", seed=0, epoch=lambda: 0
+        rows, chances=chances, asked=["red sign"], codec="qwen2_vl", box_order="raster", seed=seed, epoch=lambda: 0
     )
     assert out["boxes"] == [[]]
     assert out["messages"][0][-1]["content"][0]["text"] == "none"
     assert min(out["image"][0].size) > 0
+
+
+def test_a_row_is_changed_by_seed_epoch_and_id_alone() -> None:
+    def moved(row_id: str, seed: int, epoch: int) -> list[list[float]]:
+        rows = {"id": [row_id], "image": [picture()], "boxes": [[[0.2, 0.2, 0.5, 0.6]]], "labels": [["red sign"]]}
+        torch.rand(3)  # whatever the global generator does
+        chances = {"crop": 1.0, "shrink": 1.0}
+        out = augment_rows(
+            rows,
+            chances=chances,
+            asked=["red sign"],
+            codec="qwen2_vl",
+            box_order="raster",
+            seed=seed,
+            epoch=lambda: epoch,
+        )
+        return out["boxes"][0]
+
+    first = moved("a", 0, 0)
+    assert moved("a", 0, 0) == first
+    assert first not in (moved("a", 0, 1), moved("a", 1, 0), moved("b", 0, 0))
