@@ -84,10 +84,11 @@ def load(
 
     Input: `name`, `tiny`, a hub id, a folder of weights, a run or a checkpoint; `dtype`, `auto` is float32 on a CPU and
     bfloat16 on a GPU that has it; `device`, `auto` is this process's GPU, else the CPU, and `cuda` that GPU; `attention`,
-    `sdpa`, `eager` or `flash_attention_2`; pixel limits, needed for a base other than `tiny`; a run brings its own. `quantization`, `nf4` holds
-    the linear layers of the language model in 4 bits (double quantisation, arithmetic in `dtype`), and with
-    `quantize_vision` those of the vision tower and its mergers; head and embeddings never. `as_base`, what is named is the base
-    of a next stage: an adapter on it is merged into it, its contract is not handed on, and pixel limits that are given hold.
+    `sdpa`, `eager` or `flash_attention_2`; pixel limits, needed for a base other than `tiny`; a run brings its own.
+    `quantization`, `nf4` holds the linear layers of the language model in 4 bits (double quantisation, arithmetic in `dtype`),
+    and with `quantize_vision` those of the vision tower and its mergers; head and embeddings never. `as_base`, what is named is
+    the base of a next stage: an adapter on it is merged into it, its contract is not handed on, and pixel limits that are given
+    hold.
     Output: of a run whose base is a run: stages below are merged in memory, and the named one's adapter lies on top.
 
     Raises:

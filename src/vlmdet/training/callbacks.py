@@ -1,6 +1,6 @@
 """What the trainer calls while it trains: gradient norms, scored answers, pictures, logs.
 
-When: PER RUN; each class below says at which moments. Order matters, and `train.py` keeps it: norms, scores, pictures, log.
+When: PER RUN; each class below says at which moments. Order matters, and `train.py` keeps it: stop, norms, scores, pictures, log.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class GradNormCallback(TrainerCallback):
 
 
 class EpochCallback(TrainerCallback):
-    """Know the number of the current epoch, for augmentation: `number`, from 0.
+    """Know the number of the current epoch, for augmentation and for the order of length groups: `number`, from 0.
 
     When: at the start of each epoch, before the loader's workers are made, so that they have it too.
     """

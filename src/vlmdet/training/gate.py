@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from vlmdet.grounding.sizes import plan_view
 from vlmdet.images import to_upright_rgb
 from vlmdet.models.families import AREAS, area_of
 from vlmdet.models.inference import generate_answers
+from vlmdet.training.precision import as_the_run
 from vlmdet.training.untouched import untouched
 
 logger = logging.getLogger(__name__)
@@ -217,17 +217,11 @@ def _accumulate(model: Any, batches: Sequence[Any], *, fused: bool) -> float:
     total = 0.0
     head = {"fused_lm_head": True} if fused else {}
     for batch in batches:
-        with _autocast(model):
+        with as_the_run(model):
             loss = model(**batch, **head).loss / len(batches)
         loss.backward()
         total += float(loss.detach())
     return total
-
-
-def _autocast(model: Any) -> Any:
-    """Compute as the run does: in bfloat16 where any weight is held in it, whatever those that train are held in."""
-    half = any(weight.dtype == torch.bfloat16 for weight in model.parameters())
-    return torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
 
 
 def _longest(batches: Sequence[Any]) -> int:
@@ -238,7 +232,7 @@ def _generate(
     model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], contract: Contract, *, longest: int
 ) -> list[GateRow]:
     limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
-    with _autocast(model):
+    with as_the_run(model):
         answers = generate_answers(
             model,
             processor,

@@ -3,7 +3,7 @@
 When: PER RUN, in the preflight; works on a model without weights (torch's `meta` device).
 
     part                 bytes
-    weights              numbers held whole x bytes of their type; what trains is float32 (`train.keep_exact`)
+    weights              numbers held whole x bytes of their type; what trains is float32 (`precision.keep_exact`)
     quantised weights    numbers / 2
     quantised constants  numbers x (8 / 64 + 32 / (64 x 256)) bits: double quantisation in blocks of 64 and 256
                          (Dettmers et al. 2023, QLoRA, section 3)

@@ -10,7 +10,6 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from vlmdet.models.loader import build_skeleton
 from vlmdet.models.lora import build_lora_config, format_areas, train_only
 from vlmdet.training.lengths import RowTokens
 from vlmdet.training.memory import Batch, estimate_memory
+from vlmdet.training.precision import as_the_run
 from vlmdet.training.untouched import untouched
 from vlmdet.utils.gpu import find_available_gpus
 
@@ -206,7 +206,6 @@ def measure_step(model: Any, batch: Mapping[str, Any], *, passes: int = 2, fused
     Output: seconds of the fastest of the others.
     """
     cuda = model.device.type == "cuda"
-    half = any(weight.dtype == torch.bfloat16 for weight in model.parameters())
     ready = {key: value.to(model.device) for key, value in batch.items()}
     head = {"fused_lm_head": True} if fused else {}
     taken = []
@@ -215,7 +214,7 @@ def measure_step(model: Any, batch: Mapping[str, Any], *, passes: int = 2, fused
         model.config.use_cache = False
         for _ in range(passes):
             started = time.perf_counter()
-            with torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext():
+            with as_the_run(model):
                 loss = model(**ready, **head).loss
             loss.backward()
             if cuda:

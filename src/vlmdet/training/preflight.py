@@ -17,9 +17,9 @@ from vlmdet.models.stages import stages_of
 from vlmdet.training.batches import make_collator, training_rows
 from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
 from vlmdet.training.plan import Plan, has_weights, make_plan, measure_step, set_up, skeleton_of
+from vlmdet.training.precision import in_half, keep_exact
 from vlmdet.training.prepare import fingerprint_rows, load_base, read_data
 from vlmdet.training.processes import world_size
-from vlmdet.training.train import keep_exact
 
 
 def preflight(settings: Settings, *, processes: int | None = None, say: Callable[[str], None] = print) -> Plan:
@@ -87,8 +87,7 @@ def _without_weights(settings: Settings, skeleton: Any) -> Loaded:
 def _compute(settings: Settings, model: Any, *, real: bool) -> tuple[str, bool]:
     """Return the device that the run would take, and whether it computes in 16 bits."""
     if real:
-        half = any(one.dtype in (torch.bfloat16, torch.float16) for one in model.parameters())
-        return str(next(model.parameters()).device.type), half
+        return str(next(model.parameters()).device.type), in_half(model)
     asked, dtype = settings.model.device, settings.model.dtype
     where = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     return where, dtype in ("bfloat16", "float16") or (dtype == "auto" and where.startswith("cuda"))

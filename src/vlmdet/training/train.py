@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from trl import SFTConfig, SFTTrainer
 
@@ -52,6 +51,7 @@ from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
 from vlmdet.training.losses import score_supervised_only
 from vlmdet.training.optim import make_optimizer
 from vlmdet.training.plan import format_plan, make_plan, measure_step, plan_steps
+from vlmdet.training.precision import as_the_run, in_half, keep_exact
 from vlmdet.training.prepare import Prepared, Say, prepare
 from vlmdet.training.processes import (
     check_launched,
@@ -132,7 +132,6 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         peft_config = build_lora_config(model, **asdict(settings.lora))
     elif training.areas:
         train_only(model, training.areas)
-    half = model.dtype == torch.bfloat16  # asked of the first weight, which may be kept in float32 from here on
     keep_exact(model)
     model.config.use_cache = False
 
@@ -173,7 +172,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         max_grad_norm=training.max_grad_norm,
         neftune_noise_alpha=training.neftune_alpha or None,
         activation_checkpointing=training.gradient_checkpointing,
-        bf16=half,
+        bf16=in_half(model),
         use_cpu=model.device.type == "cpu",
         max_length=None,
         ddp_find_unused_parameters=False,  # every row has a picture, so every trainable weight takes part in every step
@@ -304,13 +303,6 @@ def learn_by_heart(model: Any, prepared: Prepared) -> GateResult:
     )
 
 
-def keep_exact(model: Any) -> None:
-    """Keep what trains in float32: in half precision a step of a small rate is less than the last digit, and lost."""
-    for weight in model.parameters():
-        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
-            weight.data = weight.data.float()
-
-
 @contextlib.contextmanager
 def saving_to(folder: Path) -> Iterator[None]:
     """Turn a full disk into a clear error; the half-written checkpoint is deleted and the last whole one stays."""
@@ -330,9 +322,7 @@ def saving_to(folder: Path) -> Iterator[None]:
 def predict_watched(model: Any, *, prepared: Prepared, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """Predict the validation pictures during training, under the run's contract; each process does its share."""
     evaluation = prepared.settings.evaluation
-    device = model.device.type
-    types = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    with torch.autocast(device, torch.bfloat16, enabled=len(types) > 1 and torch.bfloat16 in types):
+    with as_the_run(model):
         return predict_shared(
             partial(
                 predict,
