@@ -296,10 +296,16 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.num_processes and args.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+    launched = os.environ.get("WORLD_SIZE")  # each process that `launch` starts comes by here again
+    if launched is None and args.num_processes not in (None, 1):
         from vlmdet.training.launch import launch
 
         sys.exit(launch(args.num_processes, sys.argv[1:]))
+    if launched is not None and args.num_processes not in (None, int(launched)):
+        raise ConfigError(
+            f"--num-processes is {args.num_processes}, and another launcher has started {launched}",
+            "use --num-processes, or accelerate launch, not both",
+        )
 
     from vlmdet.config import check, find_recipe, load_stages
 

@@ -227,6 +227,16 @@ def test_an_unknown_word_for_turned_pictures_is_a_usage_error(capsys: pytest.Cap
     assert "applied" in capsys.readouterr().err
 
 
+def test_train_refuses_two_launchers_that_differ(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = mistake(capsys, "train", "set", "--recipe", "tiny", "--num-processes", "4")
+    assert "--num-processes is 4, and another launcher has started 2" in line
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "give two or more" in mistake(capsys, "train", "set", "--recipe", "tiny", "--num-processes", "0")
+
+
 def test_train_refuses_a_source_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere" in mistake(capsys, "train", "./nowhere")
 
