@@ -1,6 +1,7 @@
 """Train the four recipes on the embedded base, three seeds each, and lay their scores side by side.
 
-When: by hand; about an hour on two cores. What is there already is not trained again, so it can be stopped at any time.
+When: by hand; about an hour on two cores. A run of the right name that is there is taken as it is, whatever it was trained
+with, so that the script can be stopped at any time: delete runs/ after a change.
 
     python scripts/compare_recipes.py drawn bccd --seeds 0 1 2
     python scripts/compare_recipes.py bccd --source ../shared/data/bccd --recipes r1-llm-only r2-vision-only --seeds 0

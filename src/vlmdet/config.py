@@ -81,8 +81,9 @@ class ModelSettings:
     name: str = "tiny"
     """`tiny` (shipped, runs on a CPU), a hub id, or a folder of a Qwen2-VL."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto` takes bfloat16 where the GPU has it, else float32. float16 halves memory too, but can overflow."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` takes bfloat16 where the GPU has it, else float32. What trains is kept in float32 either way. float16 is not
+    offered: its small gradients vanish without a scaler."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
@@ -130,7 +131,7 @@ class LoraSettings:
     """Another rank for some of the targets, such as `{vision.attn: 8}`. A tower that has little to learn needs less."""
 
     dora: bool = False
-    """Learn the length of each weight row apart from its direction. Better at small ranks, slower by a fifth or more."""
+    """Learn the length of each weight row apart from its direction (DoRA). Its authors found it better at small ranks; slower."""
 
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank, so that high ranks still move. Lower alpha with it."""

@@ -137,19 +137,20 @@ def test_killed_after_the_last_checkpoint_takes_no_step_more(small_base: Path, p
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("step", [3, 4])  # 4 is a step after which an evaluation is due
 def test_a_signal_saves_and_the_same_command_goes_on(
-    small_base: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, small_base: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = go(settings_for(small_base, "training.save_every=0"))
     before: Callable[..., None] = JsonLogCallback.on_log
 
     def send(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 2:
+        if state.global_step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         before(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(JsonLogCallback, "on_log", send)
-    with pytest.raises(Stopped, match="stopped after step 3 of 9") as caught:
+    with pytest.raises(Stopped, match=f"stopped after step {step} of 9") as caught:
         go(settings_for(small_base, "training.save_every=0"))
     assert caught.value.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -214,9 +215,18 @@ def test_the_trainers_state_is_read_as_plain_weights_only(
 
     monkeypatch.setattr(torch, "load", watch)
     short = settings_for(small_base, "training.max_steps=3")
+    before: Callable[..., None] = JsonLogCallback.on_log
+
+    def send(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        before(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLogCallback, "on_log", send)
+        with pytest.raises(Stopped):
+            go(short)
+    assert not calls
     folder, _ = go(short)
-    (folder / "done.json").unlink()
-    go(short)
     assert not list(folder.rglob("training_args.bin"))
     assert calls and all(weights_only is True for _, weights_only in calls)
     assert all(Path(path).resolve().is_relative_to(folder.resolve()) for path, _ in calls)

@@ -179,10 +179,27 @@ class IoUEvalCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.save_every and state.global_step % self.save_every == 0:
             control.should_save = True
-        due = self.every > 0 and state.global_step % self.every == 0
-        if not due and state.global_step < state.max_steps:
+        last = state.global_step >= state.max_steps
+        if control.should_training_stop and not last:  # told to stop: what is trained is saved now, and scored later
             return
-        self.rows = self.predict_rows(kwargs["model"])
+        if last or self._is_due(state.global_step):
+            self._score(state, control, kwargs["model"])
+            control.should_save = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make up for the evaluation of a step in which the run was stopped."""
+        step = state.global_step
+        if step and self._is_due(step) and self._scored != step:
+            self._score(state, control, kwargs["model"])
+            self._keep(args, state)
+
+    def _is_due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
+
+    def _score(self, state: TrainerState, control: TrainerControl, model: Any) -> None:
+        self.rows = self.predict_rows(model)
         figures = score_rows(self.rows, labels_asked=self.labels, resamples=200, seed=0)
         row = {"step": float(state.global_step)}
         row |= {name: figure["value"] for name, figure in figures.items() if figure["value"] is not None}
@@ -194,7 +211,6 @@ class IoUEvalCallback(TrainerCallback):
             control.should_log = logging
         if state.is_world_process_zero:
             self._append(row, list(figures))
-        control.should_save = True
 
     def _append(self, row: dict[str, float], names: list[str]) -> None:
         new = not self.metrics_csv.exists()
@@ -207,6 +223,14 @@ class IoUEvalCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.world_size > 1:
             PartialState().wait_for_everyone()  # each process writes its own random state into the folder
+        saved = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: config.yaml says it all
+            self.write_contract(saved)
+        self._keep(args, state)
+
+    def _keep(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Point `last`, and where it is better `best`, at the checkpoint of this step, and delete the others."""
         better = self._scored == state.global_step and rank(self.history[-1]) > self.best
         if better:
             self.best = rank(self.history[-1])
@@ -214,8 +238,6 @@ class IoUEvalCallback(TrainerCallback):
             return
         checkpoints = Path(str(args.output_dir))
         saved = checkpoints / f"checkpoint-{state.global_step}"
-        (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: config.yaml says it all
-        self.write_contract(saved)
         point(checkpoints / "last", saved.name)
         if better or not (checkpoints / "best").exists():
             point(checkpoints / "best", saved.name)

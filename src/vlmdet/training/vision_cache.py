@@ -40,6 +40,7 @@ from vlmdet.data.resized import (
 )
 from vlmdet.errors import ConfigError, TrainingError
 from vlmdet.images import open_image
+from vlmdet.training.precision import as_the_run, in_half
 
 if TYPE_CHECKING:
     import datasets
@@ -113,7 +114,7 @@ class FrozenFeatures:
         self.image_processor = processor.image_processor
         self.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         settings = processing_settings(self.image_processor, min_pixels=min_pixels, max_pixels=max_pixels)
-        self.settings = settings + fingerprint_tower(tower)
+        self.settings = settings + fingerprint_tower(tower) + str(in_half(model))
         folder.mkdir(parents=True, exist_ok=True)
 
     def fill(self, model: nn.Module, rows: datasets.Dataset, *, batch_size: int = 8) -> Filled:
@@ -187,7 +188,9 @@ class FrozenFeatures:
         device = next(_tower(model).parameters()).device
         made = self.image_processor(pictures, size=self.size, return_tensors="pt")
         grids = made["image_grid_thw"]
-        output = _base(model).get_image_features(made["pixel_values"].to(device), grids.to(device), return_dict=True)
+        pixels = made["pixel_values"].to(device)
+        with as_the_run(model):
+            output = _base(model).get_image_features(pixels, grids.to(device), return_dict=True)
         layers = getattr(output, "deepstack_features", None) or []
         return [
             {"grid": grids[i].clone(), "features": _plain(output.pooler_output[i])}
