@@ -218,7 +218,8 @@ def test_the_trainers_state_is_read_as_plain_weights_only(
     before: Callable[..., None] = JsonLogCallback.on_log
 
     def send(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if state.global_step == 1 and "loss" in kwargs.get("logs", {}):  # once: a second signal stops at once
+            os.kill(os.getpid(), signal.SIGTERM)
         before(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
