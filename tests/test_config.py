@@ -14,22 +14,13 @@ from hypothesis import example, given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 
-from vlmdet import config
-from vlmdet.config import (
-    AugmentSettings,
-    DataSettings,
-    LoraSettings,
-    ModelSettings,
-    Settings,
-    TrainingSettings,
-    check,
-    find_recipe,
-    load_settings,
-    load_stages,
-    to_yaml,
-)
+from vlmdet import settings as settings_module
+from vlmdet.binding import bind, parse_yaml
+from vlmdet.config import find_recipe, load_settings, load_stages, to_yaml
 from vlmdet.data.augment import augment
 from vlmdet.errors import ConfigError
+from vlmdet.limits import check
+from vlmdet.settings import AugmentSettings, DataSettings, LoraSettings, ModelSettings, Settings, TrainingSettings
 
 REPO = Path(__file__).parents[1]
 RECIPES = sorted((REPO / "configs").glob("*.yaml"))
@@ -287,7 +278,7 @@ def test_yaml_comes_back_exactly(
     )
     text = to_yaml(settings)
     # Not through a file and load_settings: that would check too, and rules are not what is tested here.
-    assert config._bind(Settings(name="other"), config._parse_yaml(text, where=""), where="") == settings
+    assert bind(Settings(name="other"), parse_yaml(text, where=""), where="") == settings
 
 
 def test_yaml_of_the_defaults_names_every_field_and_loads_from_a_file(tmp_path: Path) -> None:
@@ -326,7 +317,7 @@ def test_an_unknown_recipe_is_met_with_the_nearest() -> None:
 
 
 def test_every_field_has_a_help_text() -> None:
-    tree = ast.parse(inspect.getsource(config))
+    tree = ast.parse(inspect.getsource(settings_module))
     classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
     for settings_class in (*STAGES.values(), ModelSettings):
         body = classes[settings_class.__name__]

@@ -307,7 +307,8 @@ def _train(args: argparse.Namespace) -> None:
             "use --num-processes, or accelerate launch, not both",
         )
 
-    from vlmdet.config import check, find_recipe, load_stages
+    from vlmdet.config import find_recipe, load_stages
+    from vlmdet.limits import check
 
     flags: dict[str, Any] = {"data": {"source": args.source, **_reading(args), **_selection(args)}}
     if args.max_problems is not None:

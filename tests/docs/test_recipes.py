@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from vlmdet.cli import parse
-from vlmdet.config import Settings, find_recipe, load_stages
+from vlmdet.config import find_recipe, load_stages
+from vlmdet.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "recipes"

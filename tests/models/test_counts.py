@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import pytest
 from peft import get_peft_model
 
-from vlmdet.config import Settings, find_recipe, load_settings
+from vlmdet.config import find_recipe, load_settings
 from vlmdet.errors import ModelError
 from vlmdet.models.families import parameters_by_area
 from vlmdet.models.loader import build_skeleton, load
 from vlmdet.models.lora import build_lora_config, train_only
+from vlmdet.settings import Settings
 
 
 class Published(NamedTuple):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from vlmdet.config import TrainingSettings
 from vlmdet.errors import ConfigError
 from vlmdet.models.families import area_of
 from vlmdet.models.loader import load
 from vlmdet.models.lora import train_only
+from vlmdet.settings import TrainingSettings
 from vlmdet.training.optim import Muon, make_optimizer, muon_groups, orthogonal
 
 

@@ -14,10 +14,11 @@ from PIL import Image
 
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.cli import main
-from vlmdet.config import Settings, find_recipe, load_settings
+from vlmdet.config import find_recipe, load_settings
 from vlmdet.data.collators import Qwen2VLCollatorV3
 from vlmdet.data.dataset import build_messages
 from vlmdet.models.loader import load
+from vlmdet.settings import Settings
 from vlmdet.training.lengths import RowTokens
 from vlmdet.training.memory import Batch, estimate_memory
 from vlmdet.training.plan import (

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmdet.config import Settings, load_settings
+from vlmdet.config import load_settings
 from vlmdet.errors import DataError, Stopped, TrainingError
 from vlmdet.runs import is_done
+from vlmdet.settings import Settings
 from vlmdet.training.callbacks import IoUEvalCallback, JsonLogCallback
 from vlmdet.training.prepare import prepare
 from vlmdet.training.train import train

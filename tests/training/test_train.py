@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from vlmdet.config import Settings, load_settings
+from vlmdet.config import load_settings
 from vlmdet.errors import ModelError, TrainingError
 from vlmdet.models.inference import run_qwen2vl_inference
 from vlmdet.models.loader import load
+from vlmdet.settings import Settings
 from vlmdet.training.plan import plan_steps
 from vlmdet.training.prepare import prepare
 from vlmdet.training.train import predict_watched, train

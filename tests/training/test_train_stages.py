@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmdet.config import Settings, load_stages
+from vlmdet.config import load_stages
 from vlmdet.contract import Contract
 from vlmdet.data.synthetic.packages import write_drawn_set
 from vlmdet.models.fingerprint import fingerprint
 from vlmdet.models.loader import load
+from vlmdet.settings import Settings
 from vlmdet.training.train import train_stages
 
 SHORT = (

@@ -14,7 +14,6 @@ import datasets
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from vlmdet.config import Settings
 from vlmdet.contract import Contract
 from vlmdet.data.augment import augment_rows
 from vlmdet.data.collators import Qwen2VLCollatorV1, Qwen2VLCollatorV2, Qwen2VLCollatorV3
@@ -26,6 +25,7 @@ from vlmdet.grounding.sizes import plan_view
 from vlmdet.models.processors import is_other_family
 from vlmdet.records import Sample
 from vlmdet.runs import RUNS
+from vlmdet.settings import Settings
 from vlmdet.training.vision_cache import FeatureCollator, FrozenFeatures
 
 CACHE = RUNS / "cache"

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from vlmdet.boxes import FRACTIONS, Boxes
-from vlmdet.config import TrainingSettings
 from vlmdet.contract import Contract
 from vlmdet.data.dataset import build_messages
 from vlmdet.errors import TrainingError
@@ -27,6 +26,7 @@ from vlmdet.grounding.sizes import plan_view
 from vlmdet.images import to_upright_rgb
 from vlmdet.models.families import AREAS, area_of
 from vlmdet.models.inference import generate_answers
+from vlmdet.settings import TrainingSettings
 from vlmdet.training.precision import as_the_run
 from vlmdet.training.untouched import untouched
 

@@ -30,7 +30,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlmdet.boxes import Boxes
-from vlmdet.config import Settings, load_settings
+from vlmdet.config import load_settings
 from vlmdet.contract import Contract, refuse_mismatch
 from vlmdet.data.synthetic.packages import draw_package
 from vlmdet.errors import ConfigError, DataError, ImageError, ModelError, did_you_mean
@@ -42,6 +42,7 @@ from vlmdet.models.loader import DTYPES, Loaded, load, make_contract
 from vlmdet.models.stages import Stages, is_adapter, stages_of
 from vlmdet.records import Sample
 from vlmdet.runs import is_done, need_run
+from vlmdet.settings import Settings
 from vlmdet.training.prepare import read_data
 
 Say = Callable[[str], None]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmdet.config import TrainingSettings
 from vlmdet.errors import ConfigError
 from vlmdet.models.families import area_of
+from vlmdet.settings import TrainingSettings
 
 
 class Muon(torch.optim.Optimizer):

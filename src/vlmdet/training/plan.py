@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from peft import get_peft_model
 
-from vlmdet.config import Settings, TrainingSettings
 from vlmdet.models.families import parameters_by_area
 from vlmdet.models.loader import build_skeleton
 from vlmdet.models.lora import build_lora_config, format_areas, train_only
+from vlmdet.settings import Settings, TrainingSettings
 from vlmdet.training.lengths import RowTokens
 from vlmdet.training.memory import Batch, estimate_memory
 from vlmdet.training.precision import as_the_run

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from vlmdet.config import Settings
 from vlmdet.models.families import codec_of
 from vlmdet.models.loader import Loaded, load_processor, make_contract
 from vlmdet.models.stages import stages_of
+from vlmdet.settings import Settings
 from vlmdet.training.batches import make_collator, training_rows
 from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
 from vlmdet.training.plan import Plan, has_weights, make_plan, measure_step, set_up, skeleton_of

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from vlmdet.config import Settings, to_yaml
+from vlmdet.config import to_yaml
 from vlmdet.contract import Contract
 from vlmdet.data.readers import open_dataset
 from vlmdet.data.select import check_pictures, drop_rows, ensure_val, refuse_above, select, write_problems
@@ -23,6 +23,7 @@ from vlmdet.errors import DataError
 from vlmdet.models.loader import Loaded, load, make_contract
 from vlmdet.records import DetectionDataset
 from vlmdet.runs import find_equal, is_done, lock, new_run
+from vlmdet.settings import Settings
 from vlmdet.training.processes import from_main, is_main, join
 from vlmdet.utils.environment import describe_environment, format_environment
 

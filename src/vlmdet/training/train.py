@@ -27,12 +27,12 @@ from typing import Any
 import transformers
 from trl import SFTConfig, SFTTrainer
 
-from vlmdet.config import AugmentSettings, Settings
 from vlmdet.errors import Stopped, TrainingError
 from vlmdet.evaluation.predict import predict
 from vlmdet.models.lora import build_lora_config, refuse_untrainable, train_only
 from vlmdet.records import Sample
 from vlmdet.runs import is_done
+from vlmdet.settings import AugmentSettings, Settings
 from vlmdet.training.batches import LengthGroups, cache_features, make_collator, training_rows
 from vlmdet.training.callbacks import (
     EpochCallback,
