@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -159,6 +160,20 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _written_once(
+    write: Callable[[str, Path], None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return a function that gives a base's folder by its `model_type`, and writes it when it is first asked for."""
+
+    @functools.cache
+    def folder_of(model_type: str) -> Path:
+        folder = tmp_path_factory.mktemp(model_type)
+        write(model_type, folder)
+        return folder
+
+    return folder_of
+
+
 FAMILY_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen2_vl": {
         "text_config": {},
@@ -205,15 +220,7 @@ def family_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     The architecture, the module names, the processor class and the chat template are the real ones; the tokenizer is the tiny
     base's. Embeddings are tied, but for `qwen2_5_vl`.
     """
-    folders: dict[str, Path] = {}
-
-    def folder_of(model_type: str) -> Path:
-        if model_type not in folders:
-            folders[model_type] = tmp_path_factory.mktemp(model_type)
-            _write_family(model_type, folders[model_type])
-        return folders[model_type]
-
-    return folder_of
+    return _written_once(_write_family, tmp_path_factory)
 
 
 def _write_family(model_type: str, folder: Path) -> None:
@@ -319,15 +326,7 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     the real ones; the tokenizer is the tiny base's with the family's control tokens. Pictures are seen at 56 x 56 (64 x 64 by
     Florence-2).
     """
-    folders: dict[str, Path] = {}
-
-    def folder_of(model_type: str) -> Path:
-        if model_type not in folders:
-            folders[model_type] = tmp_path_factory.mktemp(model_type)
-            _write_other_family(model_type, folders[model_type])
-        return folders[model_type]
-
-    return folder_of
+    return _written_once(_write_other_family, tmp_path_factory)
 
 
 def _other_tokenizer(begin: str, end: str, pad: str, control: list[str], **named: str) -> Any:

@@ -295,32 +295,36 @@ def _demo(args: argparse.Namespace) -> None:
         print(json.dumps(result))
 
 
+def _stages(args: argparse.Namespace, source: str, overrides: Sequence[str], **flags: Any) -> list[Any]:
+    """Read the settings of each stage of the recipe that the flags name, with what other flags lay over it."""
+    from vlmdet.config import find_recipe, load_stages
+
+    data = {"source": source, **_reading(args), **_selection(args), **flags.pop("data", {})}
+    if args.model:
+        flags["model"] = {"name": args.model}
+        if args.model == "tiny":  # a recipe's limits are those of large models; the embedded base brings its own
+            flags["model"] |= {"min_pixels": None, "max_pixels": None}
+    return load_stages(find_recipe(args.recipe), overrides, {"data": data, **flags})
+
+
 def _train(args: argparse.Namespace) -> None:
+    from vlmdet.limits import check
+
+    name = args.name or Path(args.source).resolve().name.replace(" ", "-")
+    stages = _stages(args, args.source, args.overrides, name=name, data=_given(args, "max_problems"))
+    for settings in stages:
+        check(settings, needs_data=True)
+
     launched = os.environ.get("WORLD_SIZE")  # each process that `launch` starts comes by here again
     if launched is None and args.num_processes not in (None, 1):
         from vlmdet.training.launch import launch
 
-        sys.exit(launch(args.num_processes, sys.argv[1:]))
+        sys.exit(launch(args.num_processes, sys.argv[1:], device=settings.model.device))
     if launched is not None and args.num_processes not in (None, int(launched)):
         raise ConfigError(
             f"--num-processes is {args.num_processes}, and another launcher has started {launched}",
             "use --num-processes, or accelerate launch, not both",
         )
-
-    from vlmdet.config import find_recipe, load_stages
-    from vlmdet.limits import check
-
-    flags: dict[str, Any] = {"data": {"source": args.source, **_reading(args), **_selection(args)}}
-    if args.max_problems is not None:
-        flags["data"]["max_problems"] = args.max_problems
-    if args.model:
-        flags["model"] = {"name": args.model}
-        if args.model == "tiny":  # a recipe's limits are those of large models; the embedded base brings its own
-            flags["model"] |= {"min_pixels": None, "max_pixels": None}
-    flags["name"] = args.name or Path(args.source).resolve().name.replace(" ", "-")
-    stages = load_stages(find_recipe(args.recipe), args.overrides, flags)
-    for settings in stages:
-        check(settings, needs_data=True)
 
     from vlmdet.training.processes import is_main
     from vlmdet.training.train import train_stages
@@ -336,17 +340,10 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from vlmdet.config import find_recipe, load_stages
-
     overrides, source = list(args.overrides), args.source
     if source and "=" in source and not Path(source).exists():  # no SOURCE, and a setting in its place
         overrides, source = [source, *overrides], None
-    flags: dict[str, Any] = {"data": {"source": source or "", **_reading(args), **_selection(args)}}
-    if args.model:
-        flags["model"] = {"name": args.model}
-        if args.model == "tiny":
-            flags["model"] |= {"min_pixels": None, "max_pixels": None}
-    stages = load_stages(find_recipe(args.recipe), overrides, flags)
+    stages = _stages(args, source or "", overrides)
 
     from vlmdet.training.plan import format_plan
     from vlmdet.training.preflight import preflight
@@ -416,6 +413,8 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    from dataclasses import asdict, replace
+
     from vlmdet.runs import need_run
 
     folder = Path(args.run_name)
@@ -457,11 +456,7 @@ def _eval(args: argparse.Namespace) -> None:
             contract=contract,
             folder=place,
             name=which,
-            split=split,
-            batch_size=settings.evaluation.batch_size,
-            max_new_tokens=settings.evaluation.max_new_tokens,
-            resamples=settings.evaluation.resamples,
-            seed=settings.evaluation.seed,
+            **asdict(replace(settings.evaluation, split=split)),
         )
         rows[which] = read_predictions(place / "predictions.jsonl")
         draw_rows(samples[:12], rows[which], columns=4).save(place.with_suffix(".png"))

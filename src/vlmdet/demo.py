@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,7 @@ def run_demo(
     folder = prepared.folder / "eval" / "test"
     common: dict[str, Any] = {
         "contract": prepared.contract,
-        "split": "test",
-        "batch_size": settings.evaluation.batch_size,
-        "max_new_tokens": settings.evaluation.max_new_tokens,
+        **asdict(replace(settings.evaluation, split="test")),
     }
     say(f"\nscoring the untuned base on {len(samples)} test pictures …")
     base = evaluate(prepared.base, samples, folder=folder / "base", name="base", **common)

@@ -13,7 +13,7 @@ from vlmdet.training.processes import refuse_other_device
     ("placed", "taken"), [("cpu", "cpu"), ("cpu", "cpu:1"), ("cuda:1", "cuda:1"), ("cuda", "cuda:0"), ("mps", "mps:0")]
 )
 def test_a_model_that_stays_where_it_is_may_train(placed: str, taken: str) -> None:
-    refuse_other_device(torch.device(placed), torch.device(taken))
+    assert refuse_other_device(torch.device(placed), torch.device(taken)) is None  # and no error
 
 
 @pytest.mark.parametrize(("placed", "taken"), [("cuda:1", "cuda:0"), ("cuda", "cuda:1"), ("cpu", "cuda:0")])

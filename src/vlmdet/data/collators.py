@@ -135,11 +135,11 @@ def _open(image: Any, name: str) -> Image.Image | EncodedPicture:
     raise DataError(f"{name}: the picture is a {type(image).__name__}", "give a PIL image, a path or {'path', 'bytes'}")
 
 
-def _pictures(messages: Messages) -> list[Any]:
+def pictures_of(messages: Messages) -> list[Any]:
     return [part["image"] for message in messages for part in _parts(message) if "image" in part]
 
 
-def _restore_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Messages], list[str]]:
+def restore_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Messages], list[str]]:
     """Return the restored conversations of a batch of rows, and the rows' names."""
     names = [f"row {i} of the batch" + (f" (id {row['id']})" if row.get("id") else "") for i, row in enumerate(rows)]
     images = [row["images"] if row.get("images") is not None else row.get("image") for row in rows]
@@ -167,7 +167,8 @@ def _render(processor: Any, messages: Messages) -> str:
     return text
 
 
-def _answer(message: Mapping[str, Any]) -> str:
+def answer_of(message: Mapping[str, Any]) -> str:
+    """Return the text of an assistant's message, whose content is a text or a list of parts."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in _parts(message))
 
@@ -185,7 +186,7 @@ def _segments(processor: Any, messages: Messages, name: str) -> list[_Segment]:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        answer = _answer(message)
+        answer = answer_of(message)
         if re.match(r"\s*[\r\n]", answer):  # would melt into one token with the template's newline before it
             raise DataError(f"{name}: an answer starts with a line break: {answer[:60]!r}", "strip the answer")
         before = render_prompt(processor, messages[: i + 1])
@@ -357,7 +358,7 @@ def collate_prompts(
     batch = _collate(
         processor,
         [[_Segment(render_prompt(processor, messages), False)] for messages in restored],
-        [_pictures(messages) for messages in restored],
+        [pictures_of(messages) for messages in restored],
         [f"prompt {i}" for i in range(len(restored))],
         min_pixels=min_pixels,
         max_pixels=max_pixels,
@@ -365,6 +366,54 @@ def collate_prompts(
     )
     del batch["labels"]
     return batch
+
+
+# ---- proofs of the first batch --------------------------------------------------------------------------------------
+
+
+def check_padding_side(side: str) -> None:
+    """Refuse a padding side that is none."""
+    if side not in ("right", "left"):
+        raise ConfigError(f"unknown padding side '{side}'", did_you_mean(side, ("right", "left")))
+
+
+def refuse_other_ids(
+    tokenizer: Any, batch: Mapping[str, Any], expected: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Compare the ids of a batch with those that the processor makes of the whole texts, row by row, without padding.
+
+    When: once per collator, on its first batch.
+
+    Raises:
+        TrainingError: a row differs; the message shows the first difference.
+    """
+    for i, name in enumerate(names):
+        ours = batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist()
+        theirs = expected["input_ids"][i][expected["attention_mask"][i] == 1].tolist()
+        if ours != theirs:
+            at = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)
+            raise TrainingError(
+                f"{name}: token {at} differs from the processor's: {tokenizer.decode(ours[at : at + 8])!r}, "
+                f"processor {tokenizer.decode(theirs[at : at + 8])!r} ({len(ours)} and {len(theirs)} tokens)",
+                "the model would be asked otherwise than it was trained",
+            )
+
+
+def refuse_other_answers(tokenizer: Any, batch: Mapping[str, Any], wanted: Sequence[str], names: Sequence[str]) -> None:
+    """Compare the decoded supervised tokens of each row with the text that is to be learnt, end token included.
+
+    When: once per collator, on its first batch.
+
+    Raises:
+        TrainingError: a row differs; the message shows both texts.
+    """
+    for labels, text, name in zip(batch["labels"], wanted, names, strict=True):
+        found = tokenizer.decode(
+            labels[labels != IGNORED], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        # Qwen's tokenizer writes composed characters (NFC), whatever it is given.
+        if found not in (text, unicodedata.normalize("NFC", text)):
+            raise TrainingError(f"{name}: the loss is on {found[:200]!r}, meant was {text[:200]!r}")
 
 
 # ---- the three collators --------------------------------------------------------------------------------------------
@@ -394,7 +443,7 @@ class Qwen2VLCollatorV1:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchFeature:
         """Make a batch: keys as `Qwen2VLCollatorV3`, padded on the right."""
-        messages_list, _ = _restore_rows(rows)
+        messages_list, _ = restore_rows(rows)
         batch = _by_vision_info(self.processor, messages_list, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
         labels = batch["input_ids"].clone()
         labels[batch["attention_mask"] == 0] = IGNORED
@@ -432,7 +481,7 @@ class Qwen2VLCollatorV2:
         Raises:
             TrainingError: no answer was found in a row.
         """
-        messages_list, names = _restore_rows(rows)
+        messages_list, names = restore_rows(rows)
         batch = _by_vision_info(self.processor, messages_list, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
         tokenizer = self.processor.tokenizer
         marker = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
@@ -485,8 +534,7 @@ class Qwen2VLCollatorV3:
         verify_first: bool = True,
     ) -> None:
         _check_limits(min_pixels, max_pixels)
-        if padding_side not in ("right", "left"):
-            raise ConfigError(f"unknown padding side '{padding_side}'", did_you_mean(padding_side, ("right", "left")))
+        check_padding_side(padding_side)
         self.processor = processor
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.padding_side: PaddingSide = padding_side
@@ -500,11 +548,11 @@ class Qwen2VLCollatorV3:
             ImageError: a picture is broken.
             TrainingError: the batch is not what was meant; the message shows the difference.
         """
-        messages_list, names = _restore_rows(rows)
+        messages_list, names = restore_rows(rows)
         segments = [
             _segments(self.processor, messages, name) for messages, name in zip(messages_list, names, strict=True)
         ]
-        pictures = [_pictures(messages) for messages in messages_list]
+        pictures = [pictures_of(messages) for messages in messages_list]
         batch = _collate(
             self.processor,
             segments,
@@ -536,30 +584,15 @@ class Qwen2VLCollatorV3:
             padding_side=self.padding_side,
             return_tensors="pt",
         )
-        decode = self.processor.tokenizer.decode
-        for i, name in enumerate(names):
-            ours = batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist()
-            theirs = expected["input_ids"][i][expected["attention_mask"][i] == 1].tolist()
-            if ours != theirs:
-                at = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)
-                raise TrainingError(
-                    f"{name}: token {at} differs from the processor's: {decode(ours[at : at + 8])!r}, "
-                    f"processor {decode(theirs[at : at + 8])!r} ({len(ours)} and {len(theirs)} tokens)",
-                    "the model would be asked otherwise than it was trained",
-                )
+        refuse_other_ids(self.processor.tokenizer, batch, expected, names)
 
     def _verify_answers(self, batch: BatchFeature, messages_list: Sequence[Messages], names: Sequence[str]) -> None:
         """Compare the decoded supervised tokens of each row with answer + end token."""
-        for i, (messages, name) in enumerate(zip(messages_list, names, strict=True)):
-            answers = [_answer(message) for message in messages if message["role"] == "assistant"]
-            wanted = "".join(answer + END_TOKEN for answer in answers)
-            labels = batch["labels"][i]
-            found = self.processor.tokenizer.decode(
-                labels[labels != IGNORED], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            # The family's tokenizer writes composed characters (NFC), whatever it is given.
-            if found not in (wanted, unicodedata.normalize("NFC", wanted)):
-                raise TrainingError(f"{name}: the loss is on {found[:200]!r}, meant was {wanted[:200]!r}")
+        wanted = [
+            "".join(answer_of(message) + END_TOKEN for message in messages if message["role"] == "assistant")
+            for messages in messages_list
+        ]
+        refuse_other_answers(self.processor.tokenizer, batch, wanted, names)
 
 
 def _by_vision_info(

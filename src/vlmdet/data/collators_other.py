@@ -16,7 +16,6 @@ The module is long since the words of a row, their ids and the proof of both sta
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,14 +27,17 @@ from transformers import BatchFeature
 from vlmdet.data.collators import (
     IGNORED,
     PaddingSide,
-    _answer,
-    _pictures,
-    _restore_rows,
+    answer_of,
+    check_padding_side,
+    pictures_of,
+    refuse_other_answers,
+    refuse_other_ids,
     render_prompt,
     restore_images_in_conversations,
+    restore_rows,
 )
 from vlmdet.data.dataset import Messages
-from vlmdet.errors import ConfigError, DataError, ModelError, TrainingError, did_you_mean
+from vlmdet.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmdet.models.processors import layout_of, seen_size
 
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
@@ -89,7 +91,7 @@ def _chat(processor: Any, messages: Messages, name: str) -> tuple[str, str]:
         raise ModelError(
             f"{type(processor).__name__}: no chat template", "use a checkpoint that was tuned on conversations"
         )
-    answer = _answer(messages[-1])
+    answer = answer_of(messages[-1])
     prompt = render_prompt(processor, messages)
     whole: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     rest = whole.removeprefix(prompt)
@@ -119,7 +121,7 @@ def _question(messages: Messages, name: str) -> str:
             f"{name}: this family takes one question and no {asked[0]['role'] if asked else 'empty'} message",
             "leave model.codec at auto: the family's own codec asks as it was trained",
         )
-    return _answer(asked[0])
+    return answer_of(asked[0])
 
 
 def _ask(processor: Any, messages: Messages, name: str, *, answered: bool) -> _Asked:
@@ -130,12 +132,12 @@ def _ask(processor: Any, messages: Messages, name: str, *, answered: bool) -> _A
         TrainingError: the chat template does not write the answer.
     """
     kind, tokenizer = layout_of(processor).kind, processor.tokenizer
-    pictures = _pictures(messages)
+    pictures = pictures_of(messages)
     answers = [message for message in messages if message["role"] == "assistant"]
     if answered and (len(answers) != 1 or messages[-1]["role"] != "assistant"):
         raise DataError(f"{name}: {len(answers)} answers", "this family learns one question and one answer in a row")
-    if answered and _answer(answers[0])[:1].isspace():  # nobody could tell it from the template's own blank
-        raise DataError(f"{name}: an answer starts with a blank: {_answer(answers[0])[:60]!r}", "strip the answer")
+    if answered and answer_of(answers[0])[:1].isspace():  # nobody could tell it from the template's own blank
+        raise DataError(f"{name}: an answer starts with a blank: {answer_of(answers[0])[:60]!r}", "strip the answer")
     if not pictures or (kind != "chat" and len(pictures) > 1):
         raise DataError(f"{name}: there are {len(pictures)} pictures", "this family needs one in each row")
     image = processor.image_token
@@ -143,7 +145,7 @@ def _ask(processor: Any, messages: Messages, name: str, *, answered: bool) -> _A
     if kind != "chat":
         prompt = image + _question(messages, name)
         if answered:
-            learnt = _answer(answers[0]) + tokenizer.eos_token
+            learnt = answer_of(answers[0]) + tokenizer.eos_token
             learnt = tokenizer.bos_token + learnt if kind == "encoder" else learnt
     elif answered:
         prompt, learnt = _chat(processor, messages, name)
@@ -378,8 +380,7 @@ class PromptAnswerCollator:
         verify_first: bool = True,
     ) -> None:
         _check_limits(processor, min_pixels, max_pixels)
-        if padding_side not in ("right", "left"):
-            raise ConfigError(f"unknown padding side '{padding_side}'", did_you_mean(padding_side, ("right", "left")))
+        check_padding_side(padding_side)
         self.processor = processor
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self._encoder = layout_of(processor).kind == "encoder"
@@ -394,7 +395,7 @@ class PromptAnswerCollator:
             ImageError: a picture is broken.
             TrainingError: the batch is not what was meant; the message shows the difference.
         """
-        messages_list, names = _restore_rows(rows)
+        messages_list, names = restore_rows(rows)
         asked = [
             _ask(self.processor, messages, name, answered=True)
             for messages, name in zip(messages_list, names, strict=True)
@@ -409,7 +410,7 @@ class PromptAnswerCollator:
         if self._verify:
             self._verify_control(asked, names)
             self._verify_ids(batch, asked, names)
-            self._verify_answers(batch, asked, names)
+            refuse_other_answers(self.processor.tokenizer, batch, [row.learnt for row in asked], names)
             self._verify = False
         return batch
 
@@ -435,27 +436,9 @@ class PromptAnswerCollator:
             expected = _process(self.processor, [row.prompt for row in asked], asked, side=side, suffix=suffix)
         else:
             expected = _process(self.processor, [row.prompt + row.learnt for row in asked], asked, side=side)
-        for i, name in enumerate(names):
-            ours = batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist()
-            theirs = expected["input_ids"][i][expected["attention_mask"][i] == 1].tolist()
-            if ours != theirs:
-                at = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)
-                raise TrainingError(
-                    f"{name}: token {at} differs from the processor's: {tokenizer.decode(ours[at : at + 8])!r}, "
-                    f"processor {tokenizer.decode(theirs[at : at + 8])!r} ({len(ours)} and {len(theirs)} tokens)",
-                    "the model would be asked otherwise than it was trained",
-                )
+        refuse_other_ids(tokenizer, batch, expected, names)
         for key in (key for key in (*_PER_TOKEN, "labels") if key in expected):
             if not torch.equal(batch[key], expected[key]):
                 raise TrainingError(
                     f"{key} differ from the processor's", "an update of transformers changed the family"
                 )
-
-    def _verify_answers(self, batch: BatchFeature, asked: Sequence[_Asked], names: Sequence[str]) -> None:
-        """Compare the decoded supervised tokens of each row with the answer and its end token."""
-        for row, labels, name in zip(asked, batch["labels"], names, strict=True):
-            found = self.processor.tokenizer.decode(
-                labels[labels != IGNORED], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            if found not in (row.learnt, unicodedata.normalize("NFC", row.learnt)):
-                raise TrainingError(f"{name}: the loss is on {found[:200]!r}, meant was {row.learnt[:200]!r}")

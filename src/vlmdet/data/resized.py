@@ -214,9 +214,8 @@ def write_whole(file: Path, data: bytes) -> None:
     try:
         fresh.write_bytes(data)
         fresh.replace(file)
-    except BaseException:
+    finally:
         fresh.unlink(missing_ok=True)
-        raise
 
 
 def _read(file: Path) -> np.ndarray | None:

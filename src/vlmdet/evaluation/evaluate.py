@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmdet.contract import Contract, refuse_mismatch
+from vlmdet.contract import Contract
 from vlmdet.evaluation.files import write_predictions, write_results
 from vlmdet.evaluation.metrics import per_image, score_rows
 from vlmdet.evaluation.predict import predict, print_progress
-from vlmdet.models.loader import Loaded, make_contract
+from vlmdet.models.loader import Loaded, refuse_other_contract
 from vlmdet.records import Sample
 
 
@@ -41,15 +41,7 @@ def evaluate(
         ContractError: the model, its processor or this version of the tool would ask or read otherwise than the contract.
         DataError: too many pictures could not be opened.
     """
-    now = make_contract(
-        loaded,
-        labels=contract.labels,
-        codec=contract.codec,
-        box_order=contract.box_order,
-        max_new_tokens=max_new_tokens,
-        data_fingerprint=contract.data_fingerprint,
-    )
-    refuse_mismatch(contract, now)
+    refuse_other_contract(loaded, contract)
     rows = predict(
         loaded.model,
         loaded.processor,
@@ -104,10 +96,13 @@ def format_figure(figure: dict[str, Any] | None) -> str:
 
 def format_difference(metric: str, change: Mapping[str, Any]) -> str:
     """Write a paired difference as `tuned - base, f1_50: +0.301 (+0.204 to +0.398)`, and whether it is separable from 0."""
-    if change["value"] is None:
-        return f"tuned - base, {metric}: undefined"
+    return f"tuned - base, {metric}: {format_change(change)}"
+
+
+def format_change(change: Mapping[str, Any]) -> str:
+    """Write a paired difference as `+0.301 (+0.204 to +0.398), paired, n = 96`; `undefined` where there is none."""
+    if change["value"] is None or change["low"] is None:
+        return "undefined"
     verdict = "" if change["separable"] else ", not separable"
-    return (
-        f"tuned - base, {metric}: {change['value']:+.3f} "
-        f"({change['low']:+.3f} to {change['high']:+.3f}), paired, n = {change['n']}{verdict}"
-    )
+    interval = f"({change['low']:+.3f} to {change['high']:+.3f})"
+    return f"{change['value']:+.3f} {interval}, paired, n = {change['n']}{verdict}"

@@ -26,13 +26,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 import vlmdet
-from vlmdet.contract import SCHEMA, Contract
+from vlmdet.contract import SCHEMA, Contract, refuse_mismatch
 from vlmdet.errors import ConfigError, ModelError
 from vlmdet.grounding import PIXEL_CODECS, get_codec
 from vlmdet.grounding.questions import question_of
 from vlmdet.models.families import AREA_PATTERNS, FAMILIES, area_of, codec_of, is_quantised
 from vlmdet.models.fingerprint import fingerprint, weight_files
-from vlmdet.models.lora import refuse_zero_adapter
+from vlmdet.models.lora import merge_adapter, refuse_zero_adapter
 from vlmdet.models.processors import is_other_family, pixel_limits, seen_size, show_whole_pictures
 from vlmdet.models.stages import stages_of
 from vlmdet.models.tiny import TINY_DIR
@@ -118,7 +118,7 @@ def load(
         quantize_vision=quantize_vision,
     )
     for folder in below:
-        model = _with_adapter(model, folder).merge_and_unload(safe_merge=True)
+        model = merge_adapter(_with_adapter(model, folder))
     if run is not None and run in stages.adapters:
         assert contract is not None
         found = fingerprint(contract.base_model)
@@ -358,6 +358,25 @@ def make_contract(
         versions={"python": platform.python_version(), "vlmdet": vlmdet.__version__}
         | {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     )
+
+
+def refuse_other_contract(loaded: Loaded, contract: Contract) -> None:
+    """Stop where a model, its processor or this version of the tool would ask or read otherwise than a contract says.
+
+    When: per run, before a model that was tuned, or the base beside it, is asked anything.
+
+    Raises:
+        ContractError: see `contract.refuse_mismatch`.
+    """
+    now = make_contract(
+        loaded,
+        labels=contract.labels,
+        codec=contract.codec,
+        box_order=contract.box_order,
+        max_new_tokens=int(contract.decoding["max_new_tokens"]),
+        data_fingerprint=contract.data_fingerprint,
+    )
+    refuse_mismatch(contract, now)
 
 
 def _device(device: str) -> str:

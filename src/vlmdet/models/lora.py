@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -182,6 +183,26 @@ def refuse_zero_adapter(model: nn.Module, name: str) -> None:
         )
     if not any(bool(weight.detach().any()) for weight in updates):
         raise TrainingError(f"{name}: every update of the adapter is zero, so it equals the base", "train it first")
+
+
+def merge_adapter(model: Any) -> Any:
+    """Add an adapter into the weights that it lies on and return the plain model; works in place.
+
+    When: once per stage that another one, or a merge, stands on.
+
+    An adapter on one of two tied weights, the embeddings and the output head, makes them two: they are parted first, or
+    merging into one would change the other (peft#2018), and the configuration then says that they are no longer tied.
+    """
+    inner = model.get_base_model()
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    touched = [
+        layer for layer in (head, embedding) if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save")
+    ]
+    if touched and inner.config.get_text_config().tie_word_embeddings:
+        base_head = getattr(head, "base_layer", None) or getattr(head, "original_module", head)
+        base_head.weight = nn.Parameter(base_head.weight.detach().clone())
+        inner.config.tie_word_embeddings = inner.config.get_text_config().tie_word_embeddings = False
+    return model.merge_and_unload(safe_merge=True)
 
 
 def format_areas(counts: dict[str, dict[str, int]]) -> str:

@@ -24,9 +24,10 @@ from vlmdet.evaluation.match import match_boxes
 from vlmdet.grounding import get_codec
 from vlmdet.grounding.sizes import plan_view
 from vlmdet.images import to_upright_rgb
-from vlmdet.models.families import AREAS, area_of
+from vlmdet.models.families import area_of
 from vlmdet.models.inference import generate_answers
 from vlmdet.settings import TrainingSettings
+from vlmdet.training.optim import rates_by_area
 from vlmdet.training.precision import as_the_run
 from vlmdet.training.untouched import untouched
 
@@ -117,11 +118,9 @@ def gate_rates(training: TrainingSettings) -> dict[str, float]:
     embedded base 1e-3 learnt four rows in 20 steps with every weight trained and in 100 with an adapter of rank 16; 3e-4 took
     46 steps. Of `muon`, whose rate is for whole matrices, a tenth is taken, as `optim.muon_groups` does for all other weights.
     """
-    own = dict.fromkeys(AREAS, training.learning_rate * (0.1 if training.optimizer == "muon" else 1.0))
-    if training.vision_learning_rate is not None:
-        own["vision"] = training.vision_learning_rate
-    if training.merger_learning_rate is not None:
-        own["merger"] = own["deepstack"] = training.merger_learning_rate
+    own = rates_by_area(training)
+    if training.optimizer == "muon":
+        own = dict.fromkeys(own, training.learning_rate / 10)
     return {area: max(rate, min(10 * rate, 1e-3)) for area, rate in own.items()}
 
 

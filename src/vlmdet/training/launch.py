@@ -35,13 +35,13 @@ GRACE = 120
 """Seconds that the others get to save and end, once one process has ended or the launcher was told to stop."""
 
 
-def launch(num_processes: int, words: Sequence[str]) -> int:
+def launch(num_processes: int, words: Sequence[str], *, device: str = "auto") -> int:
     """Run `vlmdet WORDS` in several processes and wait for them.
 
     When: `vlmdet train … --num-processes N`.
 
-    Input: `num_processes`, two or more; `words`, the command line behind `vlmdet`. Without a GPU, or with `model.device=cpu`,
-    the processes share the CPU and talk over gloo, else each takes a GPU of its own.
+    Input: `num_processes`, two or more; `words`, the command line behind `vlmdet`; `device`, as `model.device`: without a GPU,
+    or with `cpu`, the processes share the CPU and talk over gloo, else each takes a GPU of its own.
     Output: the exit code: 0; that of the process that failed first, 128 + signal where one was killed; 128 + signal where the
     launcher itself was told to stop and the processes have saved. All have ended when it returns.
 
@@ -55,7 +55,7 @@ def launch(num_processes: int, words: Sequence[str]) -> int:
         )
     if num_processes < 2:
         raise ConfigError(f"--num-processes is {num_processes}", "give two or more, or leave it out")
-    cpu = "model.device=cpu" in words or not torch.cuda.is_available()
+    cpu = device == "cpu" or not torch.cuda.is_available()
     if not cpu and num_processes > torch.cuda.device_count():
         raise ConfigError(
             f"--num-processes is {num_processes}, and there are {torch.cuda.device_count()} GPUs",

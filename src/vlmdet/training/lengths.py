@@ -7,17 +7,20 @@ lost its end would teach the model to stop early, or would not fit its picture a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from vlmdet.contract import Contract
 from vlmdet.data.collators import END_TOKEN
 from vlmdet.data.collators_other import count_row_tokens
 from vlmdet.errors import DataError
 from vlmdet.grounding.sizes import plan_view
 from vlmdet.models.processors import is_other_family
+from vlmdet.records import Sample
+from vlmdet.settings import Settings
 
 BATCH = 1000
 """Rows that are read and tokenised at once, so that memory does not grow with the number of rows."""
@@ -45,6 +48,13 @@ class RowTokens:
     def total(self) -> np.ndarray:
         """Tokens of each row, (n,) int64."""
         return self.text + self.image
+
+    def enlarged(self, times: int, *, min_pixels: int, max_pixels: int, factor: int) -> RowTokens:
+        """Return the same rows with pictures of so many times their sides; for Qwen-VL, whose tokens follow the size."""
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels, "factor": factor}
+        sizes = self.sizes * times
+        image = [_image_tokens((int(w), int(h)), name, **limits) for (w, h), name in zip(sizes, self.ids, strict=True)]
+        return replace(self, sizes=sizes, image=np.asarray(image, dtype=np.int64))
 
 
 def count_tokens(
@@ -92,6 +102,30 @@ def count_tokens(
         for size, name in zip(sizes, ids, strict=True)
     ]
     return RowTokens(tuple(ids), shape, text, np.asarray(image, dtype=np.int64), answer)
+
+
+def read_lengths(
+    rows: Any, samples: Sequence[Sample], processor: Any, settings: Settings, contract: Contract, *, config: Any
+) -> RowTokens:
+    """Count the tokens of a run's rows, and refuse those that are too long.
+
+    When: once per run, before the first step, and in `vlmdet plan`.
+
+    Input: `rows` of `samples`, in the same order; `config` of the model, which says what it can read. Where augmentation shrinks
+    pictures onto a ground of up to twice their sides, they are judged as if it always did.
+
+    Raises:
+        DataError: see `refuse_long_rows`.
+    """
+    limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
+    tokens = count_tokens(rows, [(sample.width, sample.height) for sample in samples], processor, **limits)
+    limit = settings.training.max_tokens or context_of(config)
+    if limit is not None:
+        judged = tokens
+        if settings.augment.shrink and not is_other_family(processor):
+            judged = tokens.enlarged(2, factor=contract.size_factor, **limits)
+        refuse_long_rows(judged, limit=limit, factor=contract.size_factor, **limits)
+    return tokens
 
 
 def refuse_long_rows(tokens: RowTokens, *, limit: int, min_pixels: int, max_pixels: int, factor: int = 28) -> None:

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,24 +25,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlmdet.boxes import Boxes
 from vlmdet.config import load_settings
-from vlmdet.contract import Contract, refuse_mismatch
+from vlmdet.contract import Contract
 from vlmdet.data.synthetic.packages import draw_package
 from vlmdet.errors import ConfigError, DataError, ImageError, ModelError, did_you_mean
 from vlmdet.evaluation.compare import paired_difference
-from vlmdet.evaluation.evaluate import evaluate, format_figure
+from vlmdet.evaluation.evaluate import evaluate, format_change, format_figure
 from vlmdet.evaluation.files import read_predictions
 from vlmdet.evaluation.predict import predict
-from vlmdet.models.loader import DTYPES, Loaded, load, make_contract
+from vlmdet.models.loader import DTYPES, Loaded, load, refuse_other_contract
+from vlmdet.models.lora import merge_adapter
 from vlmdet.models.stages import Stages, is_adapter, stages_of
 from vlmdet.records import Sample
 from vlmdet.runs import is_done, need_run
 from vlmdet.settings import Settings
 from vlmdet.training.prepare import read_data
+from vlmdet.training.processes import world_size
 
 Say = Callable[[str], None]
 
@@ -101,7 +101,7 @@ def merge_run(
         say(f"{run} has not come to its end: this is its best checkpoint so far")
     say(f"base: {stages.weights}, loaded in float32 on the CPU; adapters, in order: {_listed(stages.adapters)}")
     tuned = load(str(last), dtype="float32", device="cpu")
-    refuse_mismatch(contract, _contract_now(tuned, contract))
+    refuse_other_contract(tuned, contract)
     _refuse_full_disk(folder, tuned.model, kept)
     samples, where = _pictures(settings)
     before = look(tuned.model, tuned.processor, samples, contract)
@@ -120,7 +120,7 @@ def merge_run(
         origin = replace(tuned, model=None)
         del model, tuned  # one model in memory at a time
         plain = load_plain(part, origin)
-        refuse_mismatch(contract, _contract_now(plain, contract))
+        refuse_other_contract(plain, contract)
         after = look(plain.model, plain.processor, samples, contract)
         if kept == "float32":
             verified = _verify(before, after, where, say=say)
@@ -155,26 +155,6 @@ def merge_run(
         shutil.rmtree(part, ignore_errors=True)
     say(f"merged: {folder} ({kept})")
     return result
-
-
-def merge_adapter(model: PeftModel) -> Any:
-    """Add an adapter into the weights that it lies on and return the plain model; works in place.
-
-    When: once per merge, and on each stage of a chain but the last.
-
-    An adapter on one of two tied weights, the embeddings and the output head, makes them two: they are parted first, or
-    merging into one would change the other (peft#2018), and the configuration then says that they are no longer tied.
-    """
-    inner = model.get_base_model()
-    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
-    touched = [
-        layer for layer in (head, embedding) if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save")
-    ]
-    if touched and inner.config.get_text_config().tie_word_embeddings:
-        base_head = getattr(head, "base_layer", None) or getattr(head, "original_module", head)
-        base_head.weight = torch.nn.Parameter(base_head.weight.detach().clone())
-        inner.config.tie_word_embeddings = inner.config.get_text_config().tie_word_embeddings = False
-    return model.merge_and_unload(safe_merge=True)
 
 
 def load_plain(folder: Path, like: Loaded) -> Loaded:
@@ -276,11 +256,7 @@ def _compare_nf4(
             contract=contract,
             folder=place,
             name=which,
-            split=split,
-            batch_size=evaluation.batch_size,
-            max_new_tokens=evaluation.max_new_tokens,
-            resamples=evaluation.resamples,
-            seed=evaluation.seed,
+            **asdict(replace(evaluation, split=split)),
         )
         rows[which] = read_predictions(place / "predictions.jsonl")
         del loaded
@@ -289,18 +265,8 @@ def _compare_nf4(
         change = paired_difference(rows["nf4"], rows["merged"], metric=metric, labels_asked=contract.labels)
         result[metric] = {which: figures[which][metric] for which in figures} | {"difference": change}
         both = " and ".join(f"{which} {format_figure(figures[which][metric])}" for which in figures)
-        say(f"{metric} on {split}, 4-bit base + adapter and merged: {both}; {_format_change(change)}")
+        say(f"{metric} on {split}, 4-bit base + adapter and merged: {both}; difference {format_change(change)}")
     return result
-
-
-def _format_change(change: Mapping[str, Any]) -> str:
-    if change["value"] is None or change["low"] is None:
-        return "the difference is undefined"
-    verdict = "" if change["separable"] else ", not separable"
-    return (
-        f"difference {change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f}), paired, "
-        f"n = {change['n']}{verdict}"
-    )
 
 
 def _write(folder: Path, model: Any, processor: Any, contract: Contract, run: Path) -> None:
@@ -338,18 +304,6 @@ def _drawn(seed: int) -> Sample:
     return Sample(f"drawn-{seed}", file.getvalue, *picture.size, Boxes.empty(), (), source=f"drawn:{seed}")
 
 
-def _contract_now(loaded: Loaded, contract: Contract) -> Contract:
-    """Write down what a loaded model and its processor assume, to be held against the run's contract."""
-    return make_contract(
-        loaded,
-        labels=contract.labels,
-        codec=contract.codec,
-        box_order=contract.box_order,
-        max_new_tokens=int(contract.decoding["max_new_tokens"]),
-        data_fingerprint=contract.data_fingerprint,
-    )
-
-
 def _written_dtype(stages: Stages, asked: str) -> str:
     if asked != "auto" and asked not in DTYPES:
         raise ConfigError(f"unknown dtype '{asked}'", did_you_mean(asked, ("auto", *DTYPES)))
@@ -362,9 +316,9 @@ def _written_dtype(stages: Stages, asked: str) -> str:
 
 
 def _refuse_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ConfigError(
-            f"merge was started in {os.environ['WORLD_SIZE']} processes, which would write over each other",
+            f"merge was started in {world_size()} processes, which would write over each other",
             "run it as it is, without a launcher",
         )
 

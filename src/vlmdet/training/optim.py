@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vlmdet.errors import ConfigError
-from vlmdet.models.families import area_of
+from vlmdet.models.families import AREAS, area_of
 from vlmdet.settings import TrainingSettings
 
 
@@ -96,6 +96,22 @@ def muon_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dic
     ]
 
 
+def rates_by_area(training: TrainingSettings) -> dict[str, float]:
+    """Return the peak rate of each area of `models.families.AREAS`, trained or not.
+
+    When: once per run, for the optimizer, the plan and the gate. Deepstack mergers go with the merger. Of Muon the rate is that
+    of its matrices; embeddings and head go to AdamW, at a tenth.
+    """
+    rates = dict.fromkeys(AREAS, training.learning_rate)
+    if training.optimizer == "muon":
+        rates["embeddings"] = rates["head"] = training.learning_rate / 10
+    if training.vision_learning_rate is not None:
+        rates["vision"] = training.vision_learning_rate
+    if training.merger_learning_rate is not None:
+        rates["merger"] = rates["deepstack"] = training.merger_learning_rate
+    return rates
+
+
 def make_optimizer(model: nn.Module, training: TrainingSettings) -> torch.optim.Optimizer | None:
     """Make Muon, or AdamW with rates by area, where the settings ask for it; None leaves plain AdamW to the trainer.
 
@@ -107,34 +123,30 @@ def make_optimizer(model: nn.Module, training: TrainingSettings) -> torch.optim.
     if training.optimizer == "muon":
         groups = muon_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay)
         return Muon(groups, lr=training.learning_rate)
-    rates = {"vision": training.vision_learning_rate, "merger": training.merger_learning_rate}
-    rates["deepstack"] = rates["merger"]
-    if not any(rates.values()):
+    own = {"vision": training.vision_learning_rate, "merger": training.merger_learning_rate}
+    if not any(own.values()):
         return None
-    groups = area_groups(model, rates=rates, weight_decay=training.weight_decay)
+    groups = area_groups(model, rates=rates_by_area(training), weight_decay=training.weight_decay)
     trained = {group["area"] for group in groups}
     for setting, areas in (("vision", {"vision"}), ("merger", {"merger", "deepstack"})):
-        if rates[setting] is not None and not areas & trained:
+        if own[setting] is not None and not areas & trained:
             raise ConfigError(
-                f"training.{setting}_learning_rate is {rates[setting]:g}, but nothing of {' or '.join(sorted(areas))} trains",
+                f"training.{setting}_learning_rate is {own[setting]:g}, but nothing of {' or '.join(sorted(areas))} trains",
                 "leave it out, or name the area in lora.targets or training.areas",
             )
     return torch.optim.AdamW(groups, lr=training.learning_rate)
 
 
-def area_groups(model: nn.Module, *, rates: Mapping[str, float | None], weight_decay: float) -> list[dict[str, Any]]:
+def area_groups(model: nn.Module, *, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
     """Divide the trainable parameters by area, and by whether they decay: biases, norms and other vectors do not.
 
-    Input: `rates` of some areas; the others take the optimizer's.
+    Input: `rates` by area, see `rates_by_area`.
     Output: parameter groups with the key `area`, none of them empty.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             area, decays = area_of(name), weight.ndim > 1
-            group = groups.setdefault((area, decays), {"params": [], "area": area})
-            group["weight_decay"] = weight_decay if decays else 0.0
-            if rates.get(area) is not None:
-                group["lr"] = rates[area]
-            group["params"].append(weight)
+            settings = {"area": area, "lr": rates[area], "weight_decay": weight_decay if decays else 0.0}
+            groups.setdefault((area, decays), {"params": [], **settings})["params"].append(weight)
     return list(groups.values())

@@ -24,6 +24,7 @@ from vlmdet.models.lora import build_lora_config, format_areas, train_only
 from vlmdet.settings import Settings, TrainingSettings
 from vlmdet.training.lengths import RowTokens
 from vlmdet.training.memory import Batch, estimate_memory
+from vlmdet.training.optim import rates_by_area
 from vlmdet.training.precision import as_the_run
 from vlmdet.training.untouched import untouched
 from vlmdet.utils.gpu import find_available_gpus
@@ -103,7 +104,7 @@ def make_plan(
 
     Input: the run's `settings`; `model` as it will train, the trainer's or `skeleton_of`; `tokens` of the training rows
     (`lengths.count_tokens`); `val_rows`, validation rows that there are; `processes` that share the work; `device`, `cpu` or
-    `cuda`; `compute_bytes`, 2 for bfloat16 and float16, else 4; `seconds_per_pass` from `measure_step`; `fused_loss`, logits are
+    `cuda`; `compute_bytes`, 2 for bfloat16, else 4; `seconds_per_pass` from `measure_step`; `fused_loss`, logits are
     computed only where labels are (`training.losses`).
     """
     training = settings.training
@@ -141,7 +142,7 @@ def make_plan(
         evaluations=None if steps is None else _evaluations(training, steps, val_rows),
         parameters=parameters,
         trainable_parameters=sum(count["trainable"] for count in parameters.values()),
-        learning_rates=_rates(training, parameters),
+        learning_rates={area: rate for area, rate in rates_by_area(training).items() if parameters[area]["trainable"]},
         memory=memory,
         memory_total=total,
         device=found,
@@ -324,16 +325,6 @@ def _findings(plan: Plan, training: TrainingSettings) -> list[str]:
             "model.max_pixels, or ask for fewer classes"
         )
     return found
-
-
-def _rates(training: TrainingSettings, parameters: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
-    own = {"vision": training.vision_learning_rate, "merger": training.merger_learning_rate}
-    own["deepstack"] = own["merger"]
-    return {
-        area: training.learning_rate if own.get(area) is None else float(own[area] or 0.0)
-        for area, count in parameters.items()
-        if count["trainable"]
-    }
 
 
 def _evaluations(training: TrainingSettings, steps: int, val_rows: int) -> int:

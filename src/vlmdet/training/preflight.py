@@ -15,7 +15,7 @@ from vlmdet.models.loader import Loaded, load_processor, make_contract
 from vlmdet.models.stages import stages_of
 from vlmdet.settings import Settings
 from vlmdet.training.batches import make_collator, training_rows
-from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
+from vlmdet.training.lengths import read_lengths
 from vlmdet.training.plan import Plan, has_weights, make_plan, measure_step, set_up, skeleton_of
 from vlmdet.training.precision import in_half, keep_exact
 from vlmdet.training.prepare import fingerprint_rows, load_base, read_data
@@ -52,15 +52,9 @@ def preflight(settings: Settings, *, processes: int | None = None, say: Callable
             max_new_tokens=settings.evaluation.max_new_tokens,
             data_fingerprint=fingerprint_rows(dataset),
         )
-        samples, limits = (
-            dataset.splits["train"],
-            {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels},
-        )
+        samples = dataset.splits["train"]
         rows = training_rows(samples, settings, contract)
-        tokens = count_tokens(rows, [(one.width, one.height) for one in samples], loaded.processor, **limits)
-        longest = settings.training.max_tokens or context_of(plain.config)
-        if longest is not None:
-            refuse_long_rows(tokens, limit=longest, factor=contract.size_factor, **limits)
+        tokens = read_lengths(rows, samples, loaded.processor, settings, contract, config=plain.config)
         if base is not None:
             batch = [rows[i] for i in range(min(settings.training.batch_size, len(rows)))]
             seconds = measure_step(plain, make_collator(base.processor, settings, contract)(batch))
@@ -90,4 +84,4 @@ def _compute(settings: Settings, model: Any, *, real: bool) -> tuple[str, bool]:
         return str(next(model.parameters()).device.type), in_half(model)
     asked, dtype = settings.model.device, settings.model.dtype
     where = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-    return where, dtype in ("bfloat16", "float16") or (dtype == "auto" and where.startswith("cuda"))
+    return where, dtype == "bfloat16" or (dtype == "auto" and where.startswith("cuda"))

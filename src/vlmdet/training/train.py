@@ -24,7 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import transformers
+from safetensors import SafetensorError
 from trl import SFTConfig, SFTTrainer
 
 from vlmdet.errors import Stopped, TrainingError
@@ -47,7 +49,7 @@ from vlmdet.training.callbacks import (
 from vlmdet.training.checkpoints import go_back, is_disk_full, refuse_other_processes, step_of, write_done
 from vlmdet.training.first_batch import check_first_batch, write_first_batch
 from vlmdet.training.gate import ROWS, STEPS, GateResult, choose_rows, format_gate, gate_rates, overfit_gate
-from vlmdet.training.lengths import context_of, count_tokens, refuse_long_rows
+from vlmdet.training.lengths import RowTokens, read_lengths
 from vlmdet.training.losses import score_supervised_only
 from vlmdet.training.optim import make_optimizer
 from vlmdet.training.plan import format_plan, make_plan, measure_step, plan_steps
@@ -117,11 +119,7 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     epochs = EpochCallback()
     samples, processor = prepared.dataset.splits["train"], prepared.base.processor
     rows = training_rows(samples, settings, contract, epoch=lambda: epochs.number)
-    limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
-    tokens = count_tokens(rows, [(sample.width, sample.height) for sample in samples], processor, **limits)
-    longest = training.max_tokens or context_of(prepared.base.model.config)
-    if longest is not None:
-        refuse_long_rows(tokens, limit=longest, factor=contract.size_factor, **limits)
+    tokens = read_lengths(rows, samples, processor, settings, contract, config=prepared.base.model.config)
     steps, _ = plan_steps(training, len(rows), world_size())
     assert steps is not None  # there are rows
 
@@ -156,37 +154,9 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
         JsonLogCallback(folder / "train" / "log.jsonl"),
     ]
 
-    # 4. The trainer. TRL's defaults that would do harm here are set: no truncation, no dropped columns, no hub.
+    # 4. The trainer, with the adapter, the optimizer and what a step costs.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "train" / "tensorboard")
-    arguments = SFTConfig(
-        output_dir=str(folder / "checkpoints"),
-        run_name=f"{folder.parent.name}-{folder.name}",
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps or -1,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
-        warmup_steps=math.ceil(training.warmup_fraction * steps),
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        neftune_noise_alpha=training.neftune_alpha or None,
-        activation_checkpointing=training.gradient_checkpointing,
-        bf16=in_half(model),
-        use_cpu=model.device.type == "cpu",
-        max_length=None,
-        ddp_find_unused_parameters=False,  # every row has a picture, so every trainable weight takes part in every step
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_num_workers=training.loader_workers,
-        save_strategy="no",  # the evaluation callback asks for a checkpoint whenever it has scored one, or one is due
-        eval_strategy="no",
-        logging_steps=1,  # an average over several steps would be another one after a stop in between
-        report_to=choose_trackers(training.report_to) if is_main() else [],
-        disable_tqdm=None,
-        seed=training.seed,
-        push_to_hub=False,
-    )
+    arguments = trainer_arguments(settings, folder, model, warmup_steps=math.ceil(training.warmup_fraction * steps))
     refuse_other_device(model.device, arguments.device)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs and no launcher: never DataParallel
     trainer = SFTTrainer(
@@ -219,44 +189,16 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     evaluation.log = partial(transformers.Trainer.log, trainer)
     say(check_launched(training.distributed, trainer.accelerator))
 
-    # 5. Before the first step: nothing trainable is an error, the first batch is looked at, and the plan is said.
+    # 5. Before the first step: nothing trainable is an error, the first batch is looked at, the plan is said, and four rows
+    # are learnt by heart.
     refuse_untrainable(trainer.model)
-    first = [rows[i] for i in range(min(training.batch_size, len(rows)))]
-    batch = collator(first)
-    names = [row["id"] for row in first]
-    pictures = [row["image"] for row in first]  # as augmentation left them
-    if isinstance(pictures[0], dict):  # left undecoded for a cache
-        pictures = [sample.image for sample in samples[: len(first)]]
-    page = partial(
-        write_first_batch,
-        folder / "train" / "first_batch.html",
-        batch,
-        processor,
-        names,
-        pictures=pictures,
-        codec=contract.codec,
-    )
-    if is_main():
-        page()  # before it is judged, so that what is wrong can be looked at
-    findings = check_first_batch(batch, processor, names, collator=collator)
-    if findings and is_main():
-        page(findings=findings)
-    plan = make_plan(
-        settings,
-        trainer.model,
-        tokens=tokens,
-        val_rows=len(watched),
-        processes=world_size(),
-        device=model.device.type,
-        compute_bytes=2 if arguments.bf16 else 4,
-        seconds_per_pass=measure_step(trainer.model, batch, fused=True),
-    )
-    say(format_plan(plan))
-    if is_main():
-        (folder / "train" / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
+    batch = look_at_first_batch(rows, collator, prepared)
+    say_plan(trainer, batch, tokens, val_rows=len(watched), prepared=prepared, say=say)
     if training.overfit_gate and goes_on is None and steps > STEPS:
         say(f"overfit gate: {ROWS} rows …")
         say(format_gate(learn_by_heart(trainer.model, prepared)))
+
+    # 6. Training, from the start or from where it was stopped.
     transformers.set_seed(training.seed)
     step = 0 if goes_on is None else step_of(goes_on)
     # else it died between its last checkpoint and `done.json`, and the trainer would take one step more
@@ -276,6 +218,81 @@ def train(prepared: Prepared, *, say: Say = print) -> Path:
     say(f"best checkpoint: {best} (F1@0.5 {f1:.3f}, mean best IoU {iou:.3f} on {len(watched)} val pictures)")
     say(f"trained in {time.monotonic() - started:.0f} s")
     return folder
+
+
+def trainer_arguments(settings: Settings, folder: Path, model: Any, *, warmup_steps: int) -> SFTConfig:
+    """Word the settings for TRL. Its defaults that would do harm here are set: no truncation, no dropped columns, no hub."""
+    training = settings.training
+    return SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        run_name=f"{folder.parent.name}-{folder.name}",
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        neftune_noise_alpha=training.neftune_alpha or None,
+        activation_checkpointing=training.gradient_checkpointing,
+        bf16=in_half(model),
+        use_cpu=model.device.type == "cpu",
+        max_length=None,
+        ddp_find_unused_parameters=False,  # every row has a picture, so every trainable weight takes part in every step
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_num_workers=training.loader_workers,
+        save_strategy="no",  # the evaluation callback asks for a checkpoint whenever it has scored one, or one is due
+        eval_strategy="no",
+        logging_steps=1,  # an average over several steps would be another one after a stop in between
+        report_to=choose_trackers(training.report_to) if is_main() else [],
+        disable_tqdm=None,
+        seed=training.seed,
+        push_to_hub=False,
+    )
+
+
+def look_at_first_batch(rows: datasets.Dataset, collator: Any, prepared: Prepared) -> Any:
+    """Make the first batch, in the order of the rows, write it as a page, then judge it; returns the batch.
+
+    Raises:
+        TrainingError: the labels are not exactly the answers; `train/first_batch.html` is there to be looked at.
+    """
+    settings, contract, processor = prepared.settings, prepared.contract, prepared.base.processor
+    first = [rows[i] for i in range(min(settings.training.batch_size, len(rows)))]
+    batch = collator(first)
+    names = [row["id"] for row in first]
+    pictures = [row["image"] for row in first]  # as augmentation left them
+    if isinstance(pictures[0], dict):  # left undecoded for a cache
+        pictures = [sample.image for sample in prepared.dataset.splits["train"][: len(first)]]
+    path = prepared.folder / "train" / "first_batch.html"
+    page = partial(write_first_batch, path, batch, processor, names, pictures=pictures, codec=contract.codec)
+    if is_main():
+        page()  # before it is judged, so that what is wrong can be looked at
+    findings = check_first_batch(batch, processor, names, collator=collator)
+    if findings and is_main():
+        page(findings=findings)
+    return batch
+
+
+def say_plan(trainer: Any, batch: Any, tokens: RowTokens, *, val_rows: int, prepared: Prepared, say: Say) -> None:
+    """Say what the run will do, with a measured step, and write it to `train/plan.json`."""
+    plan = make_plan(
+        prepared.settings,
+        trainer.model,
+        tokens=tokens,
+        val_rows=val_rows,
+        processes=world_size(),
+        device=trainer.args.device.type,
+        compute_bytes=2 if trainer.args.bf16 else 4,
+        seconds_per_pass=measure_step(trainer.model, batch, fused=True),
+    )
+    say(format_plan(plan))
+    if is_main():
+        path = prepared.folder / "train" / "plan.json"
+        path.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def learn_by_heart(model: Any, prepared: Prepared) -> GateResult:
@@ -308,7 +325,7 @@ def saving_to(folder: Path) -> Iterator[None]:
     """Turn a full disk into a clear error; the half-written checkpoint is deleted and the last whole one stays."""
     try:
         yield
-    except Exception as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # of Python, of torch's writer, of safetensors
         if not is_disk_full(error):
             raise
         last = go_back(folder)[0] if is_main() else None
