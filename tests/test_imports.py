@@ -22,6 +22,7 @@ LIGHT = (
     "vlmdet.doctor.checks.data",
     "vlmdet.errors",
     "vlmdet.evaluation",
+    "vlmdet.files",
     "vlmdet.grounding",
     "vlmdet.images",
     "vlmdet.models.stages",

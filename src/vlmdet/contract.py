@@ -33,13 +33,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmdet.errors import ConfigError, ContractError, did_you_mean
+from vlmdet.files import write_whole
 
 FILE_NAME = "contract.json"
 SCHEMA = 1
@@ -105,10 +105,8 @@ class Contract:
         When: once per adapter, prediction file or merged model.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        path, unfinished = folder / FILE_NAME, folder / f".{FILE_NAME}.tmp"
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(folder / FILE_NAME, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Contract:

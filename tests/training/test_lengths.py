@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,17 @@ from vlmdet.data.collators import Qwen2VLCollatorV3
 from vlmdet.data.dataset import build_rows
 from vlmdet.errors import DataError
 from vlmdet.grounding.sizes import qwen_size
+from vlmdet.models.loader import load, make_contract
 from vlmdet.records import Sample
-from vlmdet.training.lengths import RowTokens, context_of, count_tokens, fitting_max_pixels, refuse_long_rows
+from vlmdet.settings import AugmentSettings, Settings, TrainingSettings
+from vlmdet.training.lengths import (
+    RowTokens,
+    context_of,
+    count_tokens,
+    fitting_max_pixels,
+    read_lengths,
+    refuse_long_rows,
+)
 
 LIMITS = {"min_pixels": 4 * 28 * 28, "max_pixels": 64 * 28 * 28}
 BOXES = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.9, 0.8]]
@@ -123,3 +133,23 @@ def test_the_context_is_that_of_the_language_model(small_base: Path) -> None:
     from transformers import AutoConfig
 
     assert context_of(AutoConfig.from_pretrained(small_base)) == 4096
+
+
+def test_rows_that_augmentation_may_enlarge_are_judged_at_twice_their_sides(small_base: Path, tmp_path: Path) -> None:
+    limits = {"min_pixels": 784, "max_pixels": 64 * 784}
+    base = load(str(small_base), **limits)
+    contract = make_contract(
+        base, labels=["cup"], codec="auto", box_order="raster", max_new_tokens=9, data_fingerprint=""
+    )
+    path = tmp_path / "a.png"
+    Image.new("RGB", (84, 56)).save(path)
+    samples = [Sample("a", path, 84, 56, Boxes.empty(), ())]
+    rows = build_rows(samples, labels=["cup"])
+    common = {"config": base.model.config}
+    plain = read_lengths(rows, samples, base.processor, Settings(), contract, **common)
+    assert plain.image.tolist() == [3 * 2]
+    limit = int(plain.text[0]) + 10  # room for 6 image tokens, and not for the 24 of 168 x 112 pixels
+    for shrink, refused in ((0.0, False), (0.5, True)):
+        asked = Settings(training=TrainingSettings(max_tokens=limit), augment=AugmentSettings(shrink=shrink))
+        with pytest.raises(DataError, match=r"24 image") if refused else nullcontext():
+            read_lengths(rows, samples, base.processor, asked, contract, **common)

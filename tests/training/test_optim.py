@@ -13,7 +13,7 @@ from vlmdet.models.families import area_of
 from vlmdet.models.loader import load
 from vlmdet.models.lora import train_only
 from vlmdet.settings import TrainingSettings
-from vlmdet.training.optim import Muon, make_optimizer, muon_groups, orthogonal
+from vlmdet.training.optim import Muon, make_optimizer, muon_groups, orthogonal, rates_by_area
 
 
 def test_orthogonal_brings_singular_values_near_one() -> None:
@@ -79,3 +79,11 @@ def test_a_rate_for_an_area_that_does_not_train_is_refused(small_base: Path) -> 
     assert make_optimizer(model, TrainingSettings(method="full", areas=("vision",))) is None
     with pytest.raises(ConfigError, match=r"merger_learning_rate is 0\.001, but nothing of deepstack or merger trains"):
         make_optimizer(model, TrainingSettings(method="full", areas=("vision",), merger_learning_rate=1e-3))
+
+
+def test_rates_by_area_follow_the_settings() -> None:
+    training = TrainingSettings(learning_rate=1e-4, vision_learning_rate=2e-5, merger_learning_rate=3e-5)
+    others = {"language": 1e-4, "embeddings": 1e-4, "head": 1e-4}
+    assert rates_by_area(training) == {"vision": 2e-5, "merger": 3e-5, "deepstack": 3e-5, **others}
+    muon = rates_by_area(TrainingSettings(method="full", optimizer="muon", learning_rate=0.01))
+    assert muon["language"] == 0.01 and muon["embeddings"] == muon["head"] == pytest.approx(0.001)

@@ -13,6 +13,8 @@ and what it becomes:
      "messages": [system, user with IMAGE_PLACEHOLDER and the question, assistant with the answer]}
 
 The picture itself is put into the messages later, for every batch, by `data.collators`.
+
+Long, because the raw rows of that data set are read and mended here, where their conversation is made.
 """
 
 from __future__ import annotations

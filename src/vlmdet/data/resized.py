@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import logging
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from vlmdet.errors import ConfigError, ImageError
+from vlmdet.files import write_whole
 from vlmdet.images import open_image
 
 if TYPE_CHECKING:
@@ -202,20 +202,6 @@ def picture_bytes(image: Mapping[str, Any], name: str) -> bytes:
         return Path(image["path"]).read_bytes()
     except OSError as error:
         raise ImageError(f"{name}: {image['path']} cannot be read ({error.strerror})") from error
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all: beside its place, then renamed.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to; nothing is left behind.
-    """
-    fresh = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        fresh.write_bytes(data)
-        fresh.replace(file)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> np.ndarray | None:

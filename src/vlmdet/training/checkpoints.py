@@ -21,6 +21,7 @@ from typing import Any
 
 from vlmdet.contract import FILE_NAME
 from vlmdet.errors import ConfigError
+from vlmdet.files import write_whole
 
 PREFIX = "checkpoint-"
 
@@ -119,7 +120,7 @@ def go_back(folder: Path) -> tuple[Path | None, list[dict[str, float]]]:
 def _keep_log(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of_line(line) <= step]
-        _replace(path, "".join(f"{line}\n" for line in kept))
+        write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step_of_line(line: str) -> float:
@@ -142,14 +143,8 @@ def _keep_metrics(path: Path, step: int) -> list[dict[str, float]]:
         path.unlink()
         return []
     text = "".join(",".join(line) + "\n" for line in [names, *kept])
-    _replace(path, text)
+    write_whole(path, text)
     return [{name: float(cell) for name, cell in zip(names, line, strict=True) if cell} for line in kept]
-
-
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -167,4 +162,4 @@ def is_disk_full(error: BaseException) -> bool:
 
 def write_done(folder: Path, facts: dict[str, Any]) -> None:
     """Mark a run as finished: `done.json` in its folder, written at once or not at all."""
-    _replace(folder / "done.json", json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / "done.json", json.dumps(facts, indent=2) + "\n")

@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from vlmdet.errors import Stopped, TrainingError
 from vlmdet.evaluation.predict import predict
+from vlmdet.files import write_whole
 from vlmdet.models.lora import build_lora_config, refuse_untrainable, train_only
 from vlmdet.records import Sample
 from vlmdet.runs import is_done
@@ -291,8 +292,7 @@ def say_plan(trainer: Any, batch: Any, tokens: RowTokens, *, val_rows: int, prep
     )
     say(format_plan(plan))
     if is_main():
-        path = prepared.folder / "train" / "plan.json"
-        path.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(prepared.folder / "train" / "plan.json", json.dumps(plan.as_dict(), indent=2) + "\n")
 
 
 def learn_by_heart(model: Any, prepared: Prepared) -> GateResult:

@@ -36,9 +36,9 @@ from vlmdet.data.resized import (
     picture_key,
     processing_settings,
     undecoded,
-    write_whole,
 )
 from vlmdet.errors import ConfigError, TrainingError
+from vlmdet.files import write_whole
 from vlmdet.images import open_image
 from vlmdet.training.precision import as_the_run, in_half
 
