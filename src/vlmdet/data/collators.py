@@ -10,6 +10,8 @@ stand side by side for a learner to compare. They differ in which tokens carry l
 
 A row is a dict with `messages` (system, user with IMAGE_PLACEHOLDER, assistant) and `image` or `images`. Prompts of
 inference are made here too (`collate_prompts`), by the same functions, so that a model is asked as it was trained.
+
+Long, because the three are there to be read side by side, over the same functions.
 """
 
 from __future__ import annotations
