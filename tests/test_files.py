@@ -11,9 +11,9 @@ from vlmdet.files import write_whole
 
 def test_text_and_bytes_replace_what_was_there(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", "old")
-    write_whole(tmp_path / "a", "caf\u00e9")
+    write_whole(tmp_path / "a", "\u00fcber")
     write_whole(tmp_path / "b", b"\x00\xff")
-    assert (tmp_path / "a").read_bytes() == b"caf\xc3\xa9"
+    assert (tmp_path / "a").read_bytes() == b"\xc3\xbcber"
     assert (tmp_path / "b").read_bytes() == b"\x00\xff"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 

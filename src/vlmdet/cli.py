@@ -326,12 +326,13 @@ def _train(args: argparse.Namespace) -> None:
             "use --num-processes, or accelerate launch, not both",
         )
 
-    from vlmdet.training.processes import is_main
+    from vlmdet.training.processes import is_main, leave
     from vlmdet.training.train import train_stages
 
     say = _say(args) if is_main() else _say_nothing
     command = shlex.join(["vlmdet", *sys.argv[1:]])
     folder, prepared = train_stages(stages, command=command, new=args.new, say=say)
+    leave()
     split = settings.evaluation.split
     say(f"next:\n  vlmdet eval {folder} --base" + ("" if split in prepared.dataset.splits else " --split val"))
     say(f"  vlmdet predict PICTURE.jpg --model {folder}")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -43,6 +44,15 @@ def join(*, cpu: bool) -> None:
     """
     if world_size() > 1:
         PartialState(cpu=cpu)
+
+
+def leave() -> None:
+    """Part from the other processes; nothing on a single one.
+
+    When: last, after a run that came to its end. A process that exits while the group's threads still stand may be aborted.
+    """
+    if world_size() > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def from_main(make: Callable[[], T]) -> T:
