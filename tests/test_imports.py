@@ -25,6 +25,7 @@ LIGHT = (
     "vlmdet.files",
     "vlmdet.grounding",
     "vlmdet.images",
+    "vlmdet.models.answers",
     "vlmdet.models.stages",
     "vlmdet.records",
     "vlmdet.report",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +16,11 @@ from vlmdet.data.collators import collate_prompts
 from vlmdet.data.collators_other import collate_other_prompts, end_token
 from vlmdet.data.dataset import build_messages
 from vlmdet.grounding import View, get_codec
+from vlmdet.models.answers import Answer
 from vlmdet.models.processors import is_other_family
 
 MAX_NEW_TOKENS = 256
 """Room for about ten boxes; an answer that needs more is reported as truncated."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote about one picture.
-
-    Attributes:
-        text: the answer, control tokens included, without the end token.
-        prompt_tokens: length of the prompt, image tokens included.
-        image_tokens: of these, image tokens.
-        answer_tokens: tokens generated, the end token included.
-        truncated: the limit was reached before an end token.
-        milliseconds: wall time of the batch, divided by its rows.
-    """
-
-    text: str
-    prompt_tokens: int
-    image_tokens: int
-    answer_tokens: int
-    truncated: bool
-    milliseconds: float
 
 
 @torch.inference_mode()

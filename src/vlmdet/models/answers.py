@@ -1,0 +1,66 @@
+"""What goes into an engine and what comes out: a picture to ask about, an answer, or the reason why there is none.
+
+When: PER RUN, between `evaluation.predict` and whatever generates; no torch, for an answer may come from a server.
+An engine is a callable `engine(asks) -> Iterator[tuple[int, Answer | RowError]]`; its results come in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmdet.grounding.codec import View
+from vlmdet.records import Sample
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One picture to ask about.
+
+    Attributes:
+        index: its place among the samples.
+        sample: opened by `sample.image`, lazily, inside the engine.
+        messages: the conversation without an answer, with a placeholder for the picture; see `data.dataset.build_messages`.
+        view: its original size, and the size that the model sees.
+    """
+
+    index: int
+    sample: Sample
+    messages: list[dict[str, Any]]
+    view: View
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote about one picture.
+
+    Attributes:
+        text: the answer, control tokens included, without the end token.
+        prompt_tokens: length of the prompt, image tokens included.
+        image_tokens: of these, image tokens.
+        answer_tokens: tokens generated, the end token included.
+        truncated: the limit was reached before an end token.
+        milliseconds: wall time of the batch, divided by its rows; of a server, of the request.
+        tokens: the texts of the answer's tokens, without the end token; together they are `text`. Empty when not asked for.
+        logprobs: natural logarithm of each token's probability, as many as `tokens`.
+    """
+
+    text: str
+    prompt_tokens: int
+    image_tokens: int
+    answer_tokens: int
+    truncated: bool
+    milliseconds: float
+    tokens: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowError:
+    """A picture that could not be run; `reason` is one line."""
+
+    reason: str
+
+
+Engine = Callable[[Sequence[Ask]], Iterator[tuple[int, Answer | RowError]]]
