@@ -116,42 +116,12 @@ class ResizedPictures:
         if pixels is not None:
             return Image.fromarray(pixels)
         picture = open_image(data, name=name)
-        pixels = self.resize(picture)
+        pixels = resize_like(self.image_processor, picture, self.size)
         if pixels is None:
             logger.warning("%s: the processor would resize the picture twice, so it is not cached", name)
             return picture
         self._write(file, pixels)
         return Image.fromarray(pixels)
-
-    def resize(self, picture: Image.Image) -> np.ndarray | None:
-        """Resize a picture as the processor does; None where what comes out would not pass through it unchanged.
-
-        Output: (height, width, 3) uint8. The processor is asked for patches without scaling or normalising, which are put
-        back into a picture; that picture goes through it again and must give the same patches, bit for bit.
-        """
-        patches, grid = self._patches(picture)
-        pixels = self._join(patches, *grid)
-        try:
-            again, grid_again = self._patches(Image.fromarray(pixels))
-        except ValueError:  # a strip that is over 200 times as long as wide once its sides are rounded
-            return None
-        return pixels if grid == grid_again and np.array_equal(patches, again) else None
-
-    def _patches(self, picture: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return the patches (rows * columns, numbers of a patch) uint8 of a resized picture, and rows and columns."""
-        made = self.image_processor(
-            [picture], size=self.size, do_rescale=False, do_normalize=False, return_tensors="np"
-        )
-        _, rows, columns = made["image_grid_thw"][0].tolist()
-        return made["pixel_values"], (rows, columns)
-
-    def _join(self, patches: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """Put patches back into a picture: the processor lists them by blocks of merge x merge, each two frames deep."""
-        merge, side = self.image_processor.merge_size, self.image_processor.patch_size
-        depth = self.image_processor.temporal_patch_size
-        blocks = patches.reshape(rows // merge, columns // merge, merge, merge, 3, depth, side, side)[:, :, :, :, :, 0]
-        pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, 3)
-        return np.ascontiguousarray(pixels.astype(np.uint8))
 
     def _write(self, file: Path, pixels: np.ndarray) -> None:
         if not self.writes:
@@ -165,6 +135,40 @@ class ResizedPictures:
             logger.warning(
                 "%s: pictures are no longer cached (%s); the run goes on more slowly", self.folder, error.strerror
             )
+
+
+def resize_like(image_processor: Any, picture: Image.Image, size: Mapping[str, int]) -> np.ndarray | None:
+    """Resize a picture as a Qwen-VL processor does; None where what comes out would not pass through it unchanged.
+
+    When: once per picture, for the cache, and for a server that shall see the same pixels.
+
+    Input: `size`, the limits of its area as the processor words them: `{"shortest_edge": 12544, "longest_edge": 38416}`.
+    Output: (height, width, 3) uint8. The processor is asked for patches without scaling or normalising, which are put
+    back into a picture; that picture goes through it again and must give the same patches, bit for bit.
+    """
+    patches, grid = _patches(image_processor, picture, size)
+    pixels = _join(image_processor, patches, *grid)
+    try:
+        again, grid_again = _patches(image_processor, Image.fromarray(pixels), size)
+    except ValueError:  # a strip that is over 200 times as long as wide once its sides are rounded
+        return None
+    return pixels if grid == grid_again and np.array_equal(patches, again) else None
+
+
+def _patches(image_processor: Any, picture: Image.Image, size: Mapping[str, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the patches (rows * columns, numbers of a patch) uint8 of a resized picture, and rows and columns."""
+    made = image_processor([picture], size=dict(size), do_rescale=False, do_normalize=False, return_tensors="np")
+    _, rows, columns = made["image_grid_thw"][0].tolist()
+    return made["pixel_values"], (rows, columns)
+
+
+def _join(image_processor: Any, patches: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Put patches back into a picture: the processor lists them by blocks of merge x merge, each two frames deep."""
+    merge, side = image_processor.merge_size, image_processor.patch_size
+    depth = image_processor.temporal_patch_size
+    blocks = patches.reshape(rows // merge, columns // merge, merge, merge, 3, depth, side, side)[:, :, :, :, :, 0]
+    pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, 3)
+    return np.ascontiguousarray(pixels.astype(np.uint8))
 
 
 def processing_settings(image_processor: Any, *, min_pixels: int, max_pixels: int) -> str:

@@ -64,3 +64,23 @@ class RowError:
 
 
 Engine = Callable[[Sequence[Ask]], Iterator[tuple[int, Answer | RowError]]]
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """Return the text of each token of an answer, so that together they are the text of all.
+
+    When: once per answer whose token probabilities are asked for.
+
+    Input: a tokenizer of transformers; ids without the end token.
+    Output: `("<|box_start|>", "(", "12", ",", …)`. Of a character whose bytes are spread over several tokens, the last one has
+    the text, and those before it have "".
+    """
+    texts, done = [], ""
+    for count in range(1, len(ids) + 1):
+        whole = tokenizer.decode(list(ids[:count]), skip_special_tokens=False)
+        if whole.endswith("\ufffd") and count < len(ids):
+            texts.append("")
+            continue
+        texts.append(whole[len(done) :])
+        done = whole
+    return tuple(texts)
