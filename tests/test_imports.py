@@ -40,6 +40,7 @@ HEAVY_WITHIN = (
     "vlmdet.data.collators_other",
     "vlmdet.evaluation.evaluate",
     "vlmdet.evaluation.predict",
+    "vlmdet.evaluation.rendering",
 )
 """The exceptions: they run a model, or prepare its input."""
 
