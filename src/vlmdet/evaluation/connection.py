@@ -47,8 +47,11 @@ class RequestFailed(Exception):  # noqa: N818  as `errors.Stopped`: whoever aske
     def __init__(
         self, reason: str, *, status: int | None = None, connected: bool = True, pause: float | None = None
     ) -> None:
-        super().__init__(reason)
+        super().__init__()
         self.reason, self.status, self.connected, self.pause = reason, status, connected, pause
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 def base_url(url: str) -> str:
