@@ -237,7 +237,7 @@ class _Server:
             picture = self._picture(ask)
         except DataError as error:
             return RowError(str(error))
-        messages = [_message(message, picture) for message in ask.messages]
+        messages = [chat_message(message, picture) for message in ask.messages]
         body = self.fields | {"messages": messages}
         if self.constrain is not None:
             pattern = self.constrain(ask.view)
@@ -378,7 +378,7 @@ class _Server:
         return None
 
 
-def _message(message: dict[str, Any], picture: str) -> dict[str, Any]:
+def chat_message(message: dict[str, Any], picture: str) -> dict[str, Any]:
     """Word a message as OpenAI does: a text alone is a string, beside a picture it is a part."""
     parts = message["content"]
     if all("image" not in part for part in parts):
