@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from vlmdet.boxes import FRACTIONS, Boxes
+from vlmdet.contract import Contract
 from vlmdet.errors import DataError
 from vlmdet.evaluation.predict import predict
-from vlmdet.models.inference import Answer
+from vlmdet.models.answers import Answer, Ask, RowError
 from vlmdet.models.loader import load, make_contract
 from vlmdet.records import Sample
 
@@ -19,18 +20,22 @@ TEXT = "<|object_ref_start|>sign<|object_ref_end|><|box_start|>(100,250),(500,{y
 
 
 @pytest.fixture
-def run(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`predict` on a stand-in model whose answer states the picture's own width."""
+def contract(small_base: Path) -> Contract:
     loaded = load(str(small_base), min_pixels=4 * 28 * 28, max_pixels=16 * 28 * 28)
-    contract = make_contract(
+    return make_contract(
         loaded, labels=["sign"], codec="qwen2_vl", box_order="raster", max_new_tokens=8, data_fingerprint="0"
     )
 
-    def generate(model: Any, processor: Any, messages: Any, images: Any, **kwargs: Any) -> list[Answer]:
-        return [Answer(TEXT.format(y2=image.width), 20, 4, 9, False, 1.5) for image in images]
 
-    monkeypatch.setattr("vlmdet.evaluation.predict.generate_answers", generate)
-    return lambda samples: predict(loaded.model, loaded.processor, samples, contract=contract, batch_size=4)
+def engine(asks: Sequence[Ask]) -> Iterator[tuple[int, Answer | RowError]]:
+    """Stand for a model whose answer states the picture's own width, and which takes the pictures from last to first."""
+    for ask in reversed(asks):
+        try:
+            width = ask.sample.image.width
+        except DataError as error:
+            yield ask.index, RowError(str(error))
+        else:
+            yield ask.index, Answer(TEXT.format(y2=width), 20, 4, 9, False, 1.5)
 
 
 def make(folder: Path, number: int, width: int = 0, height: int = 60) -> Sample:
@@ -41,11 +46,11 @@ def make(folder: Path, number: int, width: int = 0, height: int = 60) -> Sample:
     return Sample(str(number), path, width, height, boxes, ("sign",))
 
 
-def test_each_row_is_of_its_own_picture_and_a_broken_one_is_an_error_row(tmp_path: Path, run: Any) -> None:
+def test_each_row_is_of_its_own_picture_and_a_broken_one_is_an_error_row(tmp_path: Path, contract: Contract) -> None:
     samples = [make(tmp_path, number) for number in range(40)]
     samples[5].picture.write_bytes(b"no picture")  # type: ignore[union-attr]
     samples[9] = make(tmp_path, 9, width=2010, height=10)  # opens, but 201 times as long as wide
-    rows = run(samples)
+    rows = predict(engine, samples, contract=contract)
     assert [row["id"] for row in rows] == [sample.id for sample in samples]
     assert [row["id"] for row in rows if row["status"] == "error"] == ["5", "9"]
     assert rows[5]["boxes"] == [] and "5.png" in rows[5]["image"] and rows[5]["error"]
@@ -57,4 +62,4 @@ def test_each_row_is_of_its_own_picture_and_a_broken_one_is_an_error_row(tmp_pat
 
     samples[6].picture.unlink()  # type: ignore[union-attr]
     with pytest.raises(DataError, match="3 of 40 pictures could not be run"):
-        run(samples)
+        predict(engine, samples, contract=contract)

@@ -120,7 +120,7 @@ def _predict(args: argparse.Namespace) -> None:
     from vlmdet.boxes import Boxes
     from vlmdet.contract import refuse_mismatch
     from vlmdet.evaluation.predict import predict
-    from vlmdet.models.inference import MAX_NEW_TOKENS
+    from vlmdet.models.inference import MAX_NEW_TOKENS, hf_engine
     from vlmdet.models.loader import load, make_contract
     from vlmdet.records import Sample
     from vlmdet.utils.visualization import visualize_bbox_on_image
@@ -143,7 +143,7 @@ def _predict(args: argparse.Namespace) -> None:
         Sample(str(path), path, width, height, Boxes.empty(), (), source=str(path))
         for path, (width, height) in zip(args.images, sizes, strict=True)
     ]
-    rows = predict(loaded.model, loaded.processor, samples, contract=contract)
+    rows = predict(hf_engine(loaded, contract=contract), samples, contract=contract)
     args.out.mkdir(parents=True, exist_ok=True)
     taken: set[Path] = set()
     for row, path in zip(rows, args.images, strict=True):

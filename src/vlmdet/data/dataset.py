@@ -100,13 +100,7 @@ def build_messages(
         ValueError: nothing is asked for, or boxes and labels differ in number.
     """
     system, question = question_of("plain_json" if own_words else codec, asked)
-    messages: Messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
-    messages.append(
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": IMAGE_PLACEHOLDER}, {"type": "text", "text": question}],
-        }
-    )
+    messages = messages_of(system, question)
     if boxes is not None:
         boxes, labels = _in_order(boxes, labels, box_order)
         if view is None and codec in PIXEL_CODECS:
@@ -116,6 +110,23 @@ def build_messages(
             )
         answer = get_codec(codec).encode(labels, boxes, view or View(*size, *size))
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def messages_of(system: str, question: str) -> Messages:
+    """Lay a question beside the place of a picture, without an answer.
+
+    When: by `build_messages`, and once per prediction, whose contract has both texts.
+
+    Input: `system`, "" for none; `question`, in which labels are harmless already.
+    """
+    messages: Messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    messages.append(
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": IMAGE_PLACEHOLDER}, {"type": "text", "text": question}],
+        }
+    )
     return messages
 
 

@@ -13,6 +13,7 @@ from vlmdet.contract import Contract
 from vlmdet.evaluation.files import write_predictions, write_results
 from vlmdet.evaluation.metrics import per_image, score_rows
 from vlmdet.evaluation.predict import predict, print_progress
+from vlmdet.models.inference import hf_engine
 from vlmdet.models.loader import Loaded, refuse_other_contract
 from vlmdet.records import Sample
 
@@ -42,13 +43,11 @@ def evaluate(
         DataError: too many pictures could not be opened.
     """
     refuse_other_contract(loaded, contract)
+    engine = hf_engine(loaded, contract=contract, batch_size=batch_size, max_new_tokens=max_new_tokens)
     rows = predict(
-        loaded.model,
-        loaded.processor,
+        engine,
         samples,
         contract=contract,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
         progress=print_progress(f"{name} on {split}"),
     )
     folder.mkdir(parents=True, exist_ok=True)

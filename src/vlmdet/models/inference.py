@@ -1,26 +1,79 @@
 """Ask a model where things are: generate, batched, and read the answer.
 
-When: PER RUN, after loading. `evaluation.predict` runs whole data sets through `generate_answers`.
+When: PER RUN, after loading. `evaluation.predict` runs whole data sets through the engine that `hf_engine` makes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
+from vlmdet.contract import Contract
 from vlmdet.data.collators import collate_prompts
 from vlmdet.data.collators_other import collate_other_prompts, end_token
 from vlmdet.data.dataset import build_messages
-from vlmdet.grounding import View, get_codec
-from vlmdet.models.answers import Answer
+from vlmdet.errors import DataError
+from vlmdet.grounding import PIXEL_CODECS, View, get_codec
+from vlmdet.grounding.sizes import plan_view
+from vlmdet.models.answers import Answer, Ask, Engine, RowError
+from vlmdet.models.loader import Loaded
 from vlmdet.models.processors import is_other_family
 
 MAX_NEW_TOKENS = 256
 """Room for about ten boxes; an answer that needs more is reported as truncated."""
+
+
+def hf_engine(
+    loaded: Loaded, *, contract: Contract, batch_size: int = 32, max_new_tokens: int = MAX_NEW_TOKENS
+) -> Engine:
+    """Make an engine that asks a model in this process.
+
+    When: once per prediction.
+
+    Input: a loaded model; the `contract` with the pixel limits; `batch_size`, pictures at once; `max_new_tokens` per answer.
+    Output: an engine; a row whose picture cannot be opened gives a `RowError`.
+    """
+    limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
+
+    def open_picture(ask: Ask) -> Image.Image | RowError:
+        try:
+            image = ask.sample.image
+            view = plan_view(*image.size, **limits, factor=contract.size_factor)
+        except DataError as error:
+            return RowError(str(error))
+        seen, planned = (view.resized_width, view.resized_height), (ask.view.resized_width, ask.view.resized_height)
+        if contract.codec in PIXEL_CODECS and seen != planned:
+            size = f"{ask.view.width} x {ask.view.height}"
+            return RowError(f"the picture is {image.width} x {image.height}, and its row says {size}")
+        return image
+
+    def engine(asks: Sequence[Ask]) -> Iterator[tuple[int, Answer | RowError]]:
+        # rows of like length together: less padding
+        order = sorted(asks, key=lambda ask: ask.view.resized_width * ask.view.resized_height)
+        for start in range(0, len(order), batch_size):
+            ready: list[tuple[Ask, Image.Image]] = []
+            for ask in order[start : start + batch_size]:
+                image = open_picture(ask)
+                if isinstance(image, RowError):
+                    yield ask.index, image
+                else:
+                    ready.append((ask, image))
+            if ready:
+                answers = generate_answers(
+                    loaded.model,
+                    loaded.processor,
+                    [ask.messages for ask, _ in ready],
+                    [image for _, image in ready],
+                    **limits,
+                    max_new_tokens=max_new_tokens,
+                )
+                yield from zip([ask.index for ask, _ in ready], answers, strict=True)
+
+    return engine
 
 
 @torch.inference_mode()

@@ -36,6 +36,7 @@ from vlmdet.evaluation.compare import paired_difference
 from vlmdet.evaluation.evaluate import evaluate, format_change, format_figure
 from vlmdet.evaluation.files import read_predictions
 from vlmdet.evaluation.predict import predict
+from vlmdet.models.inference import hf_engine
 from vlmdet.models.loader import DTYPES, Loaded, load, refuse_other_contract
 from vlmdet.models.lora import merge_adapter
 from vlmdet.models.stages import Stages, is_adapter, stages_of
@@ -104,7 +105,7 @@ def merge_run(
     refuse_other_contract(tuned, contract)
     _refuse_full_disk(folder, tuned.model, kept)
     samples, where = _pictures(settings)
-    before = look(tuned.model, tuned.processor, samples, contract)
+    before = look(tuned, samples, contract)
 
     part = folder.with_name(f".{folder.name}.part")
     if part.exists():
@@ -114,14 +115,14 @@ def merge_run(
         model = merge_adapter(tuned.model)
         rounding = None
         if kept != "float32":
-            verified = _verify(before, look(model, tuned.processor, samples, contract), where, say=say)
+            verified = _verify(before, look(replace(tuned, model=model), samples, contract), where, say=say)
             model.to(DTYPES[kept])
         _write(part, model, tuned.processor, contract, run)
         origin = replace(tuned, model=None)
         del model, tuned  # one model in memory at a time
         plain = load_plain(part, origin)
         refuse_other_contract(plain, contract)
-        after = look(plain.model, plain.processor, samples, contract)
+        after = look(plain, samples, contract)
         if kept == "float32":
             verified = _verify(before, after, where, say=say)
         else:
@@ -167,20 +168,19 @@ def load_plain(folder: Path, like: Loaded) -> Loaded:
     return Loaded(model.eval(), processor, like.base, like.base_fingerprint, like.contract)
 
 
-def look(model: Any, processor: Any, samples: Sequence[Sample], contract: Contract) -> Seen:
+def look(loaded: Loaded, samples: Sequence[Sample], contract: Contract) -> Seen:
     """Let a model answer on pictures in one batch, and keep the logits from which it chose each token."""
     steps: list[torch.Tensor] = []
-    head = model.get_output_embeddings()
+    head = loaded.model.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, output: steps.append(output[:, -1].float().clone()))
     try:
-        rows = predict(
-            model,
-            processor,
-            samples,
+        engine = hf_engine(
+            loaded,
             contract=contract,
             batch_size=len(samples),
             max_new_tokens=int(contract.decoding["max_new_tokens"]),
         )
+        rows = predict(engine, samples, contract=contract)
     finally:
         hook.remove()
     return Seen(rows, torch.stack(steps, dim=1))

@@ -7,7 +7,7 @@ runs the same code; accelerate owns how gradients are shared. On one process eve
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -76,21 +76,12 @@ def from_main(make: Callable[[], T]) -> T:
     return result
 
 
-def predict_shared(
-    predict: Callable[[Sequence[T]], list[dict[str, Any]]], samples: Sequence[T]
-) -> list[dict[str, Any]]:
-    """Let each process predict its share of the samples, and give all rows to each, in order and once.
-
-    Input: `predict`, from samples to one row each. The shares are every n-th sample, so that they differ in size by one at
-    most; nothing is padded, so nothing is double.
-    """
-    size = world_size()
-    if size == 1:
-        return predict(samples)
-    own = range(int(os.environ["RANK"]), len(samples), size)
-    rows = predict([samples[i] for i in own]) if own else []
-    gathered: dict[int, dict[str, Any]] = dict(gather_object(list(zip(own, rows, strict=True))))
-    return [gathered[i] for i in range(len(samples))]
+def gather(value: T) -> list[T]:
+    """Give the values of all processes to each of them, in order; all must come here. On a single one, its own."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[T] = gather_object([value])
+    return gathered
 
 
 def refuse_other_device(placed: Any, taken: Any) -> None:

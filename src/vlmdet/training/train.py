@@ -32,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 from vlmdet.errors import Stopped, TrainingError
 from vlmdet.evaluation.predict import predict
 from vlmdet.files import write_whole
+from vlmdet.models.inference import hf_engine
 from vlmdet.models.lora import build_lora_config, refuse_untrainable, train_only
 from vlmdet.records import Sample
 from vlmdet.runs import is_done
@@ -59,8 +60,8 @@ from vlmdet.training.prepare import Prepared, Say, prepare
 from vlmdet.training.processes import (
     check_launched,
     from_main,
+    gather,
     is_main,
-    predict_shared,
     refuse_other_device,
     world_size,
 )
@@ -339,15 +340,11 @@ def saving_to(folder: Path) -> Iterator[None]:
 def predict_watched(model: Any, *, prepared: Prepared, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """Predict the validation pictures during training, under the run's contract; each process does its share."""
     evaluation = prepared.settings.evaluation
+    engine = hf_engine(
+        replace(prepared.base, model=model),
+        contract=prepared.contract,
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+    )
     with as_the_run(model):
-        return predict_shared(
-            partial(
-                predict,
-                model,
-                prepared.base.processor,
-                contract=prepared.contract,
-                batch_size=evaluation.batch_size,
-                max_new_tokens=evaluation.max_new_tokens,
-            ),
-            samples,
-        )
+        return predict(engine, samples, contract=prepared.contract, gather=gather)
