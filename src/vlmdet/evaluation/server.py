@@ -24,7 +24,6 @@ The flags of `vlmdet eval` and `vlmdet predict` that choose all this: `--engine 
 from __future__ import annotations
 
 import base64
-import codecs
 import io
 import itertools
 import time
@@ -37,8 +36,9 @@ from PIL import Image
 
 from vlmdet.contract import Contract
 from vlmdet.errors import ConfigError, ContractError, DataError, ModelError, did_you_mean
+from vlmdet.evaluation.completions import Choice, Token, chat_message, read_completion, texts_of
 from vlmdet.evaluation.connection import KEY_VARIABLE, Connection, RequestFailed, base_url
-from vlmdet.grounding import View
+from vlmdet.grounding import PIXEL_CODECS, View
 from vlmdet.grounding.sizes import plan_view
 from vlmdet.models.answers import Answer, Ask, Engine, RowError
 
@@ -206,6 +206,9 @@ def _run(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+_SERVE_MERGED = "serve what `vlmdet merge` wrote, with its chat template and processor"
+
+
 class _UnansweredError(RowError):
     """A row that the server did not answer; other `RowError`s never got as far."""
 
@@ -234,7 +237,7 @@ class _Server:
             ContractError: it reads another prompt than the model was trained with.
         """
         try:
-            picture = self._picture(ask)
+            picture, seen = self._picture(ask)
         except DataError as error:
             return RowError(str(error))
         messages = [chat_message(message, picture) for message in ask.messages]
@@ -243,7 +246,7 @@ class _Server:
             pattern = self.constrain(ask.view)
             body |= {"structured_outputs": {"regex": pattern}} if self.kind == "vllm" else {"regex": pattern}
         if not self.tokenized:
-            self._compare_tokenized(ask, messages)
+            self._compare_tokenized(ask, seen, messages)
             self.tokenized = True
         started = time.perf_counter()
         try:
@@ -252,20 +255,21 @@ class _Server:
             if failure.status in (401, 403, 404) or not failure.connected:
                 raise _fatal(self.connection, failure) from failure
             return _UnansweredError(f"the server gave no answer: {failure.reason}")
-        return self._read(ask, said, (time.perf_counter() - started) * 1000)
+        return self._read(ask, seen, said, (time.perf_counter() - started) * 1000)
 
-    def _picture(self, ask: Ask) -> str:
-        """Return a picture at the size that the model sees, as a data URL of a PNG.
+    def _picture(self, ask: Ask) -> tuple[str, View]:
+        """Return a picture at the size that the model sees, as a data URL of a PNG, and that size.
 
         Raises:
-            DataError: it cannot be opened, or would be resized once more on arrival.
+            DataError: it cannot be opened, is not what its row says where that matters, or would be resized once more on arrival.
         """
         image = ask.sample.image
-        size = (ask.view.resized_width, ask.view.resized_height)
+        limits = {"min_pixels": self.contract.min_pixels, "max_pixels": self.contract.max_pixels}
         if self.rendering is not None:
             seen = self.rendering.picture(image)
         else:
-            limits = {"min_pixels": self.contract.min_pixels, "max_pixels": self.contract.max_pixels}
+            view = plan_view(*image.size, **limits, factor=self.contract.size_factor)
+            size = (view.resized_width, view.resized_height)
             again = plan_view(*size, **limits, factor=self.contract.size_factor)
             seen = image.resize(size, Image.Resampling.BICUBIC) if again == View(*size, *size) else None
         if seen is None:
@@ -273,11 +277,16 @@ class _Server:
                 f"a picture of {image.width} x {image.height} pixels does not keep its size in a second resize",
                 "raise max_pixels, or ask the model without a server",
             )
+        if self.contract.codec in PIXEL_CODECS and seen.size != (ask.view.resized_width, ask.view.resized_height):
+            raise DataError(
+                f"the picture is {image.width} x {image.height}, and its row says {ask.view.width} x {ask.view.height}"
+            )
         buffer = io.BytesIO()
         seen.save(buffer, "PNG", compress_level=1)
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return url, View(*image.size, *seen.size)
 
-    def _compare_tokenized(self, ask: Ask, messages: list[dict[str, Any]]) -> None:
+    def _compare_tokenized(self, ask: Ask, seen: View, messages: list[dict[str, Any]]) -> None:
         """Compare ids where the server has `/tokenize`: before anything is generated."""
         if self.kind != "vllm":
             return
@@ -285,17 +294,15 @@ class _Server:
             said = self.connection.post(
                 "/tokenize", {"model": self.fields["model"], "messages": messages}, at_root=True
             )
-        except (
-            RequestFailed
-        ):  # switched off, or behind something that does not pass it on; every answer has the ids too
+        except RequestFailed:  # switched off, or not passed on; every answer has the ids too
             return
         if isinstance(said, dict) and isinstance(said.get("tokens"), list):
-            self._refuse_other_prompt(ask, said["tokens"])
+            self._refuse_other_prompt(ask, seen, said["tokens"])
 
-    def _refuse_other_prompt(self, ask: Ask, theirs: list[int]) -> None:
+    def _refuse_other_prompt(self, ask: Ask, seen: View, theirs: list[int]) -> None:
         """Stop where the ids that a server read are not those of the training."""
         assert self.rendering is not None
-        ours = list(self.rendering.ids(ask.messages, ask.view))
+        ours = list(self.rendering.ids(ask.messages, seen))
         if ours == theirs:
             return
         at = next(
@@ -305,90 +312,63 @@ class _Server:
         raise ContractError(
             f"{ask.sample.id}: the server reads another prompt than the model was trained with: {len(theirs)} tokens instead of "
             f"{len(ours)}, and token {at} begins {shown[1]!r} instead of {shown[0]!r}",
-            "serve what `vlmdet merge` wrote, with its chat template and processor",
+            _SERVE_MERGED,
         )
 
-    def _read(self, ask: Ask, said: Any, milliseconds: float) -> Answer | RowError:
+    def _read(self, ask: Ask, seen: View, said: Any, milliseconds: float) -> Answer | RowError:
         """Read a chat completion.
 
         Raises:
-            ContractError, ModelError: as `answer`.
+            ConfigError: token probabilities were asked for, and it has none.
+            ContractError: as `answer`.
         """
         try:
-            choice, usage = said["choices"][0], said["usage"]
-            text = choice["message"]["content"] or ""
-            prompt_tokens, answer_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-            finish = choice["finish_reason"]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            return _UnansweredError(
-                f"the server sent no chat completion: {type(error).__name__} {error} in {str(said)[:120]!r}"
-            )
-        if finish not in ("stop", "length"):
-            return _UnansweredError(f"the server gave up the answer: finish_reason is {str(finish)[:40]!r}")
-        ids: list[int] | None = None
+            completion = read_completion(said)
+        except ValueError as error:
+            return _UnansweredError(f"the server sent {error}")
+        choice, usage = completion.choices[0], completion.usage
         image_tokens = 0
         if self.rendering is not None:
-            wanted = self.rendering.ids(ask.messages, ask.view)
-            if said.get("prompt_token_ids"):
-                self._refuse_other_prompt(ask, said["prompt_token_ids"])
-            elif prompt_tokens != len(wanted):
+            wanted = self.rendering.ids(ask.messages, seen)
+            if completion.prompt_token_ids:
+                self._refuse_other_prompt(ask, seen, completion.prompt_token_ids)
+            elif usage.prompt_tokens != len(wanted):
                 raise ContractError(
-                    f"{ask.sample.id}: the server reads a prompt of {prompt_tokens} tokens, the model was trained with one of "
-                    f"{len(wanted)}",
-                    "serve what `vlmdet merge` wrote, with its chat template and processor",
+                    f"{ask.sample.id}: the server reads a prompt of {usage.prompt_tokens} tokens, the model was trained with one "
+                    f"of {len(wanted)}",
+                    _SERVE_MERGED,
                 )
             image_tokens = wanted.count(self.rendering.image_token_id)
-            ids = choice.get("token_ids")
+        text = choice.message.content or ""
         tokens: tuple[str, ...] = ()
-        values: tuple[float, ...] = ()
+        values: list[float] = []
         if "logprobs" in self.fields:
-            entries = (choice.get("logprobs") or {}).get("content")
-            if not isinstance(entries, list):
+            entries = choice.logprobs.content if choice.logprobs else None
+            if entries is None:
                 raise ConfigError(
                     f"the server at {self.connection.base} sends no token probabilities, so that boxes have no scores",
                     "ask without scores, or serve the model with vLLM",
                 )
-            found = self._texts(entries, text, ids if finish == "length" or ids is None else ids[:-1])
+            found = self._texts(choice, entries, text)
             if found is None:
                 return _UnansweredError(f"the server sent tokens that do not make up its text: {text[:120]!r}")
-            tokens = found
-            values = tuple(float(entry["logprob"]) for entry in entries[: len(tokens)])
+            tokens, text = found, "".join(found)
+            values = [entry.logprob for entry in entries[: len(tokens)]]
         return Answer(
-            text="".join(tokens) or text,
-            prompt_tokens=prompt_tokens,
+            text=text,
+            prompt_tokens=usage.prompt_tokens,
             image_tokens=image_tokens,
-            answer_tokens=answer_tokens,
-            truncated=finish == "length",
+            answer_tokens=usage.completion_tokens,
+            truncated=choice.finish_reason == "length",
             milliseconds=milliseconds,
             tokens=tokens,
-            logprobs=values,
+            logprobs=tuple(values),
         )
 
-    def _texts(self, entries: list[dict[str, Any]], text: str, ids: list[int] | None) -> tuple[str, ...] | None:
-        """Return the texts of an answer's tokens without the end token, which together are its text; None where they are not."""
-        if ids is not None and self.rendering is not None and len(ids) <= len(entries):
-            return self.rendering.texts(ids)  # of a character in several tokens the server shows only marks
-        shown = [str(entry["token"]) for entry in entries]
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoded = [decoder.decode(bytes(entry.get("bytes") or ())) for entry in entries]
-        for texts in (shown, decoded):
-            for count in (len(texts), len(texts) - 1):  # the end token may be listed, and is not in the text
-                if "".join(texts[: max(count, 0)]) == text:
-                    return tuple(texts[: max(count, 0)])
-        return None
-
-
-def chat_message(message: dict[str, Any], picture: str) -> dict[str, Any]:
-    """Word a message as OpenAI does: a text alone is a string, beside a picture it is a part."""
-    parts = message["content"]
-    if all("image" not in part for part in parts):
-        return {"role": message["role"], "content": "".join(part["text"] for part in parts)}
-    return {
-        "role": message["role"],
-        "content": [
-            {"type": "image_url", "image_url": {"url": picture}}
-            if "image" in part
-            else {"type": "text", "text": part["text"]}
-            for part in parts
-        ],
-    }
+    def _texts(self, choice: Choice, entries: Sequence[Token], text: str) -> tuple[str, ...] | None:
+        """Return the texts of an answer's tokens, without the end token; None where they are not its text."""
+        if choice.token_ids is None or self.rendering is None:
+            return texts_of(entries, text)
+        ids = choice.token_ids if choice.finish_reason == "length" else choice.token_ids[:-1]
+        # made here: of a character that is spread over several tokens the server shows only marks
+        return self.rendering.texts(ids) if len(choice.token_ids) == len(entries) else None
