@@ -40,12 +40,16 @@ class Parsed:
         boxes: n boxes on the upright picture.
         labels: n names; None where the text gives a box without one.
         problems: each repair or loss.
+        spans: start and end, in characters of the text as it was given, of each box's own words: its numbers and its
+            name, with the marks around and between them. Spans do not overlap: of several boxes that share a name one has
+            it, or none. The name of a box may stand elsewhere.
         status: `ok` with at least one box, `none` for the explicit answer that there is nothing, else `parse_failure`.
     """
 
     boxes: Boxes
     labels: list[str | None]
     problems: list[ParseProblem]
+    spans: list[tuple[int, int]]
     status: Literal["ok", "none", "parse_failure"]
 
 
@@ -60,7 +64,7 @@ class Codec(Protocol):
     def parse(self, text: str, view: View) -> Parsed: ...
 
 
-_CONTROL = re.compile(r"<\|[a-z0-9_]{1,40}\|>|<\|[a-z0-9_]{0,40}$")
+CONTROL = re.compile(r"<\|[a-z0-9_]{1,40}\|>|<\|[a-z0-9_]{0,40}$")
 _NONE = re.compile(rf"\W*{NONE_ANSWER}\W*", re.IGNORECASE)
 # What a tokenizer could take for a control token, or a parser for the corner of a box.
 _NUMBER = r"\s*+[-+]?+\d++(?:\.\d++)?+\s*+"
@@ -102,7 +106,7 @@ def is_none_answer(text: str) -> bool:
 
 def strip_control(text: str) -> str:
     """Delete everything that looks like a control token."""
-    return _CONTROL.sub("", text)
+    return CONTROL.sub("", text)
 
 
 def guard_label(label: str) -> str:

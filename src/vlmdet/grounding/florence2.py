@@ -65,12 +65,12 @@ def parse(text: str, view: View) -> Parsed:
         numbers = run.numbers
         corners = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
         if len(numbers) == 8 and not _are_two_boxes(numbers):
-            reading.points(corners, label, run.detail)
+            reading.points(corners, label, run.detail, (run.start, run.places[-1][1]))
         elif len(numbers) % 4:
             reading.problem("point" if len(numbers) == 2 else "odd_number_count", run.detail)
         else:
             for i in range(0, len(numbers), 4):
-                reading.box(numbers[i : i + 4], label, run.detail)
+                reading.box(numbers[i : i + 4], label, run.detail, run.span(i, name_before=True))
     if is_cut(text):
         reading.problem("truncated", text[-80:])
     return reading.finish(text, shift=0.5)

@@ -19,16 +19,17 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlmdet.boxes import Boxes
 from vlmdet.grounding.codec import GUARDED, Parsed
-from vlmdet.grounding.lenient_json import Document, Node, Word, read_json
+from vlmdet.grounding.lenient_json import Document, Node, Text, Word, read_json
 from vlmdet.grounding.points import read_brackets, read_points
-from vlmdet.grounding.reading import NUMBER, Reading, final_answer, is_quadrangle, numbers_in, to_float
+from vlmdet.grounding.reading import NUMBER, Reading, final_answer_bounds, is_quadrangle, numbers_in, to_float
 
 # Keys are compared in small letters, without `_`, `-` and blanks.
 _BOX_KEYS = frozenset(
@@ -92,12 +93,13 @@ def parse_json(text: str, *, x_limit: float, y_limit: float) -> Parsed:
     Output: `Parsed`. Where no JSON box stands in it, boxes in the notation of Qwen2-VL are taken from the same grid, with
     the problem `other_notation`.
     """
-    reading = Reading(x_limit, y_limit)
-    answer = reading.cut(final_answer(text))
+    start, end = final_answer_bounds(text)
+    reading = Reading(x_limit, y_limit, offset=start)
+    answer = reading.cut(text[start:end])
     document = collect_boxes(answer, reading)
     if not reading.candidates:
         for read in (read_points, read_brackets):
-            other = Reading(x_limit, y_limit)
+            other = Reading(x_limit, y_limit, offset=start)
             read(answer, other)
             if other.candidates:
                 other.problems[:0] = reading.problems
@@ -106,7 +108,7 @@ def parse_json(text: str, *, x_limit: float, y_limit: float) -> Parsed:
         numbers = numbers_in(answer) if _BOX_TEXT.fullmatch(answer) else []
         if len(numbers) == 4 and not document.roots:
             reading.problem("bracket", answer)
-            reading.box(numbers, None, answer)
+            reading.box(numbers, None, answer, (len(answer) - len(answer.lstrip()), len(answer.rstrip())))
     return reading.finish(text, empty=says_nothing(answer, document))
 
 
@@ -120,9 +122,21 @@ def collect_boxes(text: str, reading: Reading) -> Document:
     for root in document.roots:
         collector.walk(root, _name_before(text, end, root.start))
         end = root.start + 1
+    collector.widen()
     if document.truncated:
         reading.problem("truncated", text[-80:])
     return document
+
+
+class _Name(NamedTuple):
+    """A name for the boxes below a node, and the place that a box and this name would have in the text.
+
+    `end` is None where the name stands before the box, whose own end it then is; `start` is None where nobody knows.
+    """
+
+    text: str | None
+    start: int | None = None
+    end: int | None = None
 
 
 class _Collector:
@@ -131,48 +145,79 @@ class _Collector:
     def __init__(self, text: str, reading: Reading) -> None:
         self.text = text
         self.reading = reading
-        self.todo: list[tuple[Node, str, str | None]] = []
+        self.todo: list[tuple[Node, str, _Name]] = []
+        self.wide: list[tuple[int, int]] = []  # for each row of the reading: its place with its name
 
-    def walk(self, root: Node, label: str | None) -> None:
+    def walk(self, root: Node, label: _Name) -> None:
         self.todo = [(root, "", label)]
         while self.todo:
             node, key, label = self.todo.pop()
             children = self._list(node, key, label) if node.kind == "list" else self._object(node, label)
             self.todo.extend(reversed(children))
 
+    def widen(self) -> None:
+        """Give each box the words of its name too, where those are no other box's: an object with one box is all its own."""
+        own = self.reading.spans[-len(self.wide) :] if self.wide else []
+        starts, last = sorted(start for start, _ in own), 0
+        order = sorted(range(len(own)), key=lambda i: own[i])
+        spans = list(own)
+        for i in order:
+            start, end = self.wide[i]
+            alone = bisect_left(starts, end) - bisect_left(starts, start) == 1
+            if not (alone and last <= start <= own[i][0] and own[i][1] <= end):
+                start, end = own[i]
+            start = max(
+                start, last
+            )  # two boxes in one text, `{"a": "1,2,3,4", …}`, have one place: the second has nothing
+            end = last = max(start, end)
+            spans[i] = (start, end)
+        self.reading.spans[len(self.reading.spans) - len(own) :] = spans
+
+    def _box(self, numbers: Sequence[float], name: _Name, node: Node) -> None:
+        x1, y1, x2, y2 = numbers
+        self._points([(x1, y1), (x2, y2)], name, node)
+
+    def _points(self, points: Sequence[Sequence[float]], name: _Name, node: Node) -> None:
+        last = node.items[-1] if node.items else None
+        start, end = node.start, max(node.end, last.end if isinstance(last, Node) else 0)
+        count = len(self.reading.rows)
+        self.reading.points(points, None if name.text is None else str(name.text), self._detail(node), (start, end))
+        if len(self.reading.rows) > count:
+            self.wide.append((start if name.start is None else name.start, end if name.end is None else name.end))
+
     def _detail(self, node: Node) -> str:
         return self.text[node.start : node.start + 80]
 
     # ---- lists ------------------------------------------------------------------------------------------------------
 
-    def _list(self, node: Node, key: str, label: str | None) -> list[tuple[Node, str, str | None]]:
+    def _list(self, node: Node, key: str, label: _Name) -> list[tuple[Node, str, _Name]]:
         """Read a list as one box, or return what is to be looked at inside it."""
         detail = self._detail(node)
         items = node.items
         children = [item for item in items if isinstance(item, Node)]
         if not children:
             if node.closed:
-                self._flat(items, key, label, detail)
+                self._flat(node, key, label, detail)
             return []
         points = [_point(item) for item in items] if len(items) <= 64 else [None]
         if node.closed and len(points) > 1 and all(point is not None for point in points):
             if key in _POINT_KEYS or (key in _QUAD_KEYS and len(points) != 4):
                 self.reading.problem("point", detail)
             else:
-                self.reading.points([point for point in points if point is not None], label, detail)
+                self._points([point for point in points if point is not None], label, node)
             return []
         result, name = [], label
         for item in items:  # a name stands before its box: ["cup", [1, 2, 3, 4], "dog", [5, 6, 7, 8]]
             if isinstance(item, str):
-                name = item.strip() if isinstance(item, Word) else item
+                name = _Name(item.strip() if isinstance(item, Word) else item, _start(item))
             elif isinstance(item, Node):
                 result.append((item, key, name))
         return result
 
-    def _flat(self, items: list[Any], key: str, label: str | None, detail: str) -> None:
+    def _flat(self, node: Node, key: str, label: _Name, detail: str) -> None:
         """Read a list without lists in it."""
         numbers, names, converted = [], [], False
-        for item in items:
+        for item in node.items:
             if isinstance(item, float):
                 numbers.append(item)
             elif isinstance(item, str):
@@ -189,39 +234,39 @@ class _Collector:
                 numbers.append(float("nan"))  # null: the number is missing
         if not numbers:
             for name in names:
-                self._text(name, key, label, detail)
+                self._text(name, key, label, node)
             return
         if converted:
             self.reading.problem("number_as_text", detail)
-        self._numbers(numbers, key, names[0] if names else label, detail)
+        self._numbers(numbers, key, _Name(names[0]) if names else label, node)
 
-    def _numbers(self, numbers: list[float], key: str, label: str | None, detail: str) -> None:
-        count = len(numbers)
+    def _numbers(self, numbers: list[float], key: str, label: _Name, node: Node) -> None:
+        count, detail = len(numbers), self._detail(node)
         if count == 5 and 0 < numbers[4] < 1 < max(numbers[:4]):  # a confidence
             self.reading.problem("extra_number", detail)
-            self.reading.box(_ordered(numbers[:4], key), label, detail)
+            self._box(_ordered(numbers[:4], key), label, node)
         elif count == 4 and key not in _POINT_KEYS:
-            self.reading.box(_ordered(numbers, key), label, detail)
+            self._box(_ordered(numbers, key), label, node)
         elif count == 8 and (key in _QUAD_KEYS or is_quadrangle(numbers)):
-            self.reading.points(list(zip(numbers[::2], numbers[1::2], strict=True)), label, detail)
+            self._points(list(zip(numbers[::2], numbers[1::2], strict=True)), label, node)
         elif count == 2 or key in _POINT_KEYS:
             self.reading.problem("point", detail)
         else:
             self.reading.candidates += count == 8
             self.reading.problem("odd_number_count", detail)
 
-    def _text(self, text: str, key: str, label: str | None, detail: str) -> None:
+    def _text(self, text: str, key: str, label: _Name, node: Node) -> None:
         """Read a box that stands in quotes: `"bbox_2d": "12, 34, 56, 78"`."""
         if not _BOX_TEXT.fullmatch(text):
             return
         numbers = numbers_in(text.replace("-", " ") if text.count("-") == 3 and "," not in text else text)
         if len(numbers) >= 4:
-            self.reading.problem("number_as_text", detail)
-            self._numbers(numbers, key, label, detail)
+            self.reading.problem("number_as_text", self._detail(node))
+            self._numbers(numbers, key, label, node)
 
     # ---- objects ----------------------------------------------------------------------------------------------------
 
-    def _object(self, node: Node, label: str | None) -> list[tuple[Node, str, str | None]]:
+    def _object(self, node: Node, label: _Name) -> list[tuple[Node, str, _Name]]:
         """Read the boxes of an object itself, and return what is to be looked at inside it."""
         if all(key is None for key, _ in node.items):  # a brace too many
             return [(value, "", label) for _, value in node.items if isinstance(value, Node)]
@@ -232,6 +277,9 @@ class _Collector:
         name_key = _label_key(keyed)
         names = [_as_label(value) for plain, _, value in keyed if plain == name_key and name_key is not None]
         own = names[0] if names else None
+        beside = [_Name(name, node.start, node.end) for name in names]
+        if not names and label.start is None:  # a name from further out has its place there
+            label = _Name(label.text, node.start, node.end)
         boxes = [i for i, (plain, _, value) in enumerate(keyed) if plain in _BOX_KEYS and _may_hold_box(value)]
         if not boxes:
             boxes = [i for i, (plain, _, value) in enumerate(keyed) if plain in _POINT_KEYS and isinstance(value, Node)]
@@ -240,14 +288,14 @@ class _Collector:
             if boxes:
                 self.reading.problem("other_key", detail)
         chosen = set(boxes)
-        inside: list[tuple[Node, str, str | None]] = []
+        inside: list[tuple[Node, str, _Name]] = []
         for place, i in enumerate(boxes):
             plain, _, value = keyed[i]
-            name = (names[place] if len(names) == len(boxes) else own) if names else label
+            name = beside[place if len(names) == len(boxes) else 0] if names else label
             if isinstance(value, Node):
                 inside.append((value, plain, name))
             else:
-                self._text(value, plain, name, detail)
+                self._text(value, plain, name, node)
         if len(boxes) > 1 and len({keyed[i][0] for i in boxes}) < len(boxes):
             self.reading.problem("duplicate_key", detail)
         for i, (plain, key, value) in enumerate(keyed):
@@ -255,16 +303,16 @@ class _Collector:
                 continue
             if boxes and not _holds_objects(value):
                 continue  # keypoints, colours, masks beside a box
-            name = own if own is not None and not boxes else label
+            name = beside[0] if own is not None and not boxes else label
             if own is None and key is not None and plain not in _CONTAINER_KEYS and plain not in _BOX_KEYS:
-                name = key.strip() if isinstance(key, Word) else key
+                name = _Name(key.strip() if isinstance(key, Word) else key, _start(key))
             inside.append((value, "" if plain in _CONTAINER_KEYS else plain, name))
         for plain, key, value in keyed:
             if not boxes and own is None and isinstance(value, str) and plain and _BOX_TEXT.fullmatch(value):
-                self._text(value, plain, key, detail)
+                self._text(value, plain, _Name(key), node)
         return inside
 
-    def _named(self, node: Node, label: str | None, detail: str) -> bool:
+    def _named(self, node: Node, label: _Name, detail: str) -> bool:
         """Read `{"x1": 1, "y1": 2, "x2": 3, "y2": 4}`; tell whether the object is one."""
         if not 2 <= len(node.items) <= 40:
             return False
@@ -272,25 +320,29 @@ class _Collector:
         if _FIRST_NAMES.isdisjoint(values):
             return False
         name_key = _label_key([(key, key, value) for key, value in values.items()])
-        name = _as_label(values[name_key]) if name_key is not None else label
+        name = _Name(_as_label(values[name_key])) if name_key is not None else label
         for names, order in _NAMED_NUMBERS:
             found = [_as_number(values.get(part)) for part in names.split()]
             numbers = [number for number in found if number is not None]
             if len(numbers) == 4:
                 if order == "xywh":
                     self.reading.problem("xywh", detail)
-                self.reading.box(_ordered(numbers, order), name, detail)
+                self._box(_ordered(numbers, order), name, node)
                 return True
         for first, last in _NAMED_CORNERS:
             corners = [_point(values.get(first)), _point(values.get(last))]
             points = [corner for corner in corners if corner is not None]
             if len(points) == 2:
-                self.reading.points(points, name, detail)
+                self._points(points, name, node)
                 return True
         return False
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
+
+
+def _start(text: str) -> int | None:
+    return text.start if isinstance(text, Text) else None
 
 
 def _plain(key: str | None) -> str:
@@ -376,15 +428,15 @@ def _ordered(numbers: Sequence[float], key: str) -> list[float]:
     return [b, a, d, c] if key == "yxyx" else [a, b, c, d]
 
 
-def _name_before(text: str, end: int, start: int) -> str | None:
+def _name_before(text: str, end: int, start: int) -> _Name:
     """Read the name on the line before a bare list: `red cup: [1, 2, 3, 4]`."""
     if text[start : start + 1] not in ("[", "【", "［"):
-        return None
+        return _Name(None)
     line = text[max(end, start - 80) : start].rpartition("\n")[2]
     match = _LINE_NAME.fullmatch(line)
     if match is None or _NO_NAME.search(match["name"]) or len(match["name"].split()) > 6:
-        return None
-    return match["name"].strip()
+        return _Name(None)
+    return _Name(match["name"].strip(), start - len(line) + match.start("name"))
 
 
 def says_nothing(text: str, document: Document) -> bool:

@@ -13,14 +13,27 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from vlmdet.grounding.reading import NUMBER, numbers_in
 
 Kind = Literal["list", "object"]
 
 
-class Word(str):
+class Text(str):
+    """A text value or a key that knows where it begins."""
+
+    __slots__ = ("start",)
+    start: int
+
+    def __new__(cls, text: str, start: int) -> Self:
+        """Make one; `start` is the place of its first character, quote included."""
+        made = super().__new__(cls, text)
+        made.start = start
+        return made
+
+
+class Word(Text):
     """Text that stands without quotes."""
 
     __slots__ = ()
@@ -32,19 +45,28 @@ class Node:
     Attributes:
         kind: `list` or `object`.
         start: where in the text it begins.
+        end: where it ends, its bracket included.
         items: the values of a list; the pairs of an object, key None where a value stands without one.
         closed: whether its end was found.
         implied: whether its brackets are missing.
         key, colon: of an object that is being read: the key that waits for its value, and whether a colon followed.
     """
 
-    __slots__ = ("closed", "colon", "implied", "items", "key", "kind", "start")
+    __slots__ = ("closed", "colon", "end", "implied", "items", "key", "kind", "start")
 
     def __init__(
-        self, kind: Kind, start: int, items: list[Any] | None = None, *, closed: bool = False, implied: bool = False
+        self,
+        kind: Kind,
+        start: int,
+        items: list[Any] | None = None,
+        *,
+        end: int | None = None,
+        closed: bool = False,
+        implied: bool = False,
     ) -> None:
         self.kind = kind
         self.start = start
+        self.end = start if end is None else end
         self.items: list[Any] = [] if items is None else items
         self.closed = closed
         self.implied = implied
@@ -139,6 +161,7 @@ class _Reader:
         self.document = Document()
         self.stack: list[Node] = []
         self.open_objects = 0  # of the stack
+        self.at = 0  # where the token begins that is read
 
     def read(self) -> Document:
         text, texts = self.text, _TEXTS
@@ -162,14 +185,15 @@ class _Reader:
                 break
             pos = match.end()
             kind = match.lastgroup or ""
+            self.at = match.start(kind)
             idle += 1
             if kind == "list":
                 numbers = numbers_in(match[kind])
-                self._value(Node("list", match.start(kind), numbers, closed=True))
+                self._value(Node("list", match.start(kind), numbers, end=pos, closed=True))
                 idle = idle if len(numbers) == 1 else 0
             elif kind == "numbers":
                 numbers = numbers_in(match[kind])
-                self._numbers(numbers, match.start(kind))
+                self._numbers(numbers, match.start(kind), pos)
                 idle = idle if len(numbers) == 1 else 0
             elif kind == "open":
                 self._push("object" if match[kind] in "{｛" else "list", match.start(kind))
@@ -181,7 +205,7 @@ class _Reader:
                 self._colon()
             elif kind == "word":
                 word = match[kind]
-                self._value(_SPECIAL[word.lower()] if word.lower() in _SPECIAL else Word(word))
+                self._value(_SPECIAL[word.lower()] if word.lower() in _SPECIAL else Word(word, self.at))
             elif kind == "other":
                 # A quote that gets here has no end: no text in such quotes begins after it either.
                 left = {marks: pattern for marks, pattern in texts.items() if match[kind] not in marks}
@@ -189,7 +213,7 @@ class _Reader:
                     texts, token = left, _token(*left.values())
                     self.document.repairs.append(("quote", match.start(kind)))
             elif kind != "comment":
-                self._value(_unescape(match[kind]))
+                self._value(Text(_unescape(match[kind]), self.at - (2 if kind == "escaped" else 1)))
         self._end(kind)
         return self.document
 
@@ -197,6 +221,8 @@ class _Reader:
         """Give up what is open, and go on shortly before the next two numbers that stand together."""
         pair = _PAIR.search(self.text, pos)
         self.document.repairs.append(("skipped", pos))
+        for node in self.stack:
+            node.end = pos
         self.stack.clear()
         self.open_objects = 0
         return max(pos, pair.start() - 100) if pair else len(self.text)
@@ -210,10 +236,11 @@ class _Reader:
         self.stack.append(node)
         self.open_objects += kind == "object"
 
-    def _pop(self, *, closed: bool) -> None:
+    def _pop(self, end: int, *, closed: bool) -> None:
         node = self.stack.pop()
         self._settle(node)
         node.closed = closed
+        node.end = end
         self.open_objects -= node.kind == "object"
 
     def _settle(self, node: Node) -> None:
@@ -228,10 +255,10 @@ class _Reader:
             if self.open_objects if kind == "object" else self.open_objects < len(self.stack):
                 while self.stack[-1].kind != kind:
                     self.document.repairs.append(("bracket", self.stack[-1].start))
-                    self._pop(closed=True)
+                    self._pop(start, closed=True)
             else:
                 self.document.repairs.append(("bracket", start))
-        self._pop(closed=True)
+        self._pop(start + 1, closed=True)
 
     def _comma(self) -> None:
         self._settle(self.stack[-1])
@@ -249,10 +276,10 @@ class _Reader:
         """A colon in a list: its end is missing, or its brackets are those of an object."""
         if not top.items or not isinstance(top.items[-1], str):
             return
-        key = str(top.items.pop())
+        key = top.items.pop()
         self.document.repairs.append(("bracket", top.start))
         if len(self.stack) > 1 and self.stack[-2].kind == "object" and top.items:
-            self._pop(closed=True)
+            self._pop(key.start if isinstance(key, Text) else self.at, closed=True)
         else:
             top.kind = "object"
             top.items = [(None, item) for item in top.items]
@@ -273,7 +300,7 @@ class _Reader:
             top.items.pop()
             top.key = value
 
-    def _numbers(self, numbers: list[float], start: int) -> None:
+    def _numbers(self, numbers: list[float], start: int, end: int) -> None:
         """Take numbers that no brackets of their own hold."""
         top = self.stack[-1]
         if top.kind == "list":
@@ -282,7 +309,7 @@ class _Reader:
             self._value(numbers[0])
         else:
             self.document.repairs.append(("bracket", start))
-            self._value(Node("list", start, numbers, closed=True, implied=True))
+            self._value(Node("list", start, numbers, end=end, closed=True, implied=True))
 
     def _value(self, value: Value) -> None:
         top = self.stack[-1] if self.stack else None
@@ -308,15 +335,18 @@ class _Reader:
         """Put a list that stands without a key to the value before it: `"bbox_2d": [1, 2], [3, 4]`."""
         key, last = top.items[-1] if top.items else (None, None)
         if isinstance(last, float) and value.implied:
-            top.items[-1] = (key, Node("list", value.start, [last, *value.items], closed=True, implied=True))
+            whole = Node("list", value.start, [last, *value.items], end=value.end, closed=True, implied=True)
+            top.items[-1] = (key, whole)
         elif not isinstance(last, Node) or last.kind != "list":
             top.items.append((None, value))
         elif value.implied and last.implied:
             last.items.extend(value.items)
+            last.end = value.end
         elif last.implied and last.items and isinstance(last.items[0], Node):
             last.items.append(value)
+            last.end = value.end
         else:
-            top.items[-1] = (key, Node("list", last.start, [last, value], closed=True, implied=True))
+            top.items[-1] = (key, Node("list", last.start, [last, value], end=value.end, closed=True, implied=True))
 
     def _end(self, last: str) -> None:
         """Close what is open at the end of the text; a last bare word or number may have lost its rest."""
@@ -328,7 +358,7 @@ class _Reader:
             elif top.kind == "object" and top.items and last in ("word", "numbers"):
                 top.items[-1] = (top.items[-1][0], None)
         while self.stack:
-            self._pop(closed=self.stack[-1].implied)
+            self._pop(len(self.text), closed=self.stack[-1].implied)
 
 
 def _unescape(text: str) -> str:

@@ -21,12 +21,27 @@ _STRIPPED = " \t\r\n;,，、"
 
 
 class Run(NamedTuple):
-    """Numbers of location tokens that stand together, and the text on both sides up to the next run."""
+    """Numbers of location tokens that stand together, and the text on both sides up to the next run.
+
+    `places` has start and end of each token in the text, `start` and `end` those of the run with the names beside it.
+    """
 
     numbers: list[float]
     before: str
     after: str
     detail: str
+    places: list[tuple[int, int]]
+    start: int
+    end: int
+
+    def span(self, i: int, *, name_before: bool = False, name_after: bool = False) -> tuple[int, int]:
+        """Return the place of the box whose first number is the i-th; the name goes to the box that it stands beside."""
+        start, end = self.places[i][0], self.places[i + 3][1]
+        if name_before and i == 0:
+            start = self.start
+        if name_after and i + 4 == len(self.numbers):
+            end = self.end
+        return start, end
 
 
 def runs(text: str) -> Iterator[Run]:
@@ -35,7 +50,16 @@ def runs(text: str) -> Iterator[Run]:
     for i, match in enumerate(found):
         before = text[found[i - 1].end() if i else 0 : match.start()]
         after = text[match.end() : found[i + 1].start() if i + 1 < len(found) else len(text)]
-        yield Run([to_float(digits) for digits in _TOKEN.findall(match[0])], before, after, match[0][:80])
+        tokens = list(_TOKEN.finditer(text, match.start(), match.end()))
+        yield Run(
+            [to_float(token[1]) for token in tokens],
+            before,
+            after,
+            match[0][:80],
+            [token.span() for token in tokens],
+            match.start() - len(before.lstrip(_STRIPPED)),
+            match.end() + len(after.rstrip(_STRIPPED)),
+        )
 
 
 def name_of(text: str) -> str | None:

@@ -69,7 +69,7 @@ def parse(text: str, view: View) -> Parsed:
             continue
         for i in range(0, len(numbers), 4):
             y1, x1, y2, x2 = numbers[i : i + 4]
-            reading.box([x1, y1, x2, y2], label, run.detail)
+            reading.box([x1, y1, x2, y2], label, run.detail, run.span(i, name_after=True))
     if is_cut(text):
         reading.problem("truncated", text[-80:])
     return reading.finish(text)

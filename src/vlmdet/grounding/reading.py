@@ -45,6 +45,8 @@ class Reading:
         rows: x1, y1, x2, y2 on that grid.
         labels: a name for each row, None where there is none.
         problems: each repair or loss.
+        spans: place of each row in the text that is read; see `Parsed`.
+        offset: where that text begins in the whole answer, in characters.
         candidates: boxes that were found whole, those included that a rule above refused.
     """
 
@@ -53,6 +55,8 @@ class Reading:
     rows: list[list[float]] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
     problems: list[ParseProblem] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    offset: int = 0
     candidates: int = 0
 
     def problem(self, kind: str, detail: str) -> None:
@@ -65,8 +69,8 @@ class Reading:
             self.problem("too_long", f"{len(text) - LONGEST} characters are not read: {text[LONGEST : LONGEST + 20]}")
         return text[:LONGEST]
 
-    def points(self, points: Sequence[Sequence[float]], label: str | None, detail: str) -> None:
-        """Take two opposite corners, or four corners of a quadrangle, each x, y on the grid."""
+    def points(self, points: Sequence[Sequence[float]], label: str | None, detail: str, span: tuple[int, int]) -> None:
+        """Take two opposite corners, or four corners of a quadrangle, each x, y on the grid, and their place in the text."""
         if len(points) in (2, 4):
             self.candidates += 1
         if any(not (0 <= x <= self.x_limit and 0 <= y <= self.y_limit) for x, y in points):  # NaN is outside too
@@ -76,19 +80,21 @@ class Reading:
         elif len(points) == 4:
             self.problem("quad", detail)
             xs, ys = zip(*points, strict=True)
-            self._add([min(xs), min(ys), max(xs), max(ys)], label)
+            self._add([min(xs), min(ys), max(xs), max(ys)], label, span)
         elif len(points) != 2:
             self.problem("point" if len(points) == 1 else "odd_point_count", detail)
         else:
-            (x1, y1), (x2, y2) = points
-            self._corners(x1, y1, x2, y2, label, detail)
+            self._corners(points, label, detail, span)
 
-    def box(self, numbers: Sequence[float], label: str | None, detail: str) -> None:
-        """Take x1, y1, x2, y2 on the grid."""
+    def box(self, numbers: Sequence[float], label: str | None, detail: str, span: tuple[int, int]) -> None:
+        """Take x1, y1, x2, y2 on the grid, and their place in the text."""
         x1, y1, x2, y2 = numbers
-        self.points([(x1, y1), (x2, y2)], label, detail)
+        self.points([(x1, y1), (x2, y2)], label, detail, span)
 
-    def _corners(self, x1: float, y1: float, x2: float, y2: float, label: str | None, detail: str) -> None:
+    def _corners(
+        self, corners: Sequence[Sequence[float]], label: str | None, detail: str, span: tuple[int, int]
+    ) -> None:
+        (x1, y1), (x2, y2) = corners
         if x1 > x2 and y1 > y2:
             self.problem("both_axes_reversed", detail)
             return
@@ -96,11 +102,12 @@ class Reading:
             self.problem("axis_swapped", detail)
         if x1 == x2 or y1 == y2:
             self.problem("zero_area", detail)
-        self._add([min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)], label)
+        self._add([min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)], label, span)
 
-    def _add(self, row: list[float], label: str | None) -> None:
+    def _add(self, row: list[float], label: str | None, span: tuple[int, int]) -> None:
         self.rows.append(row)
         self.labels.append(label)
+        self.spans.append(span)
 
     def finish(self, text: str, *, empty: bool = False, shift: float = 0.0) -> Parsed:
         """Return what the answer says.
@@ -112,12 +119,13 @@ class Reading:
         rows = np.asarray(self.rows, dtype=np.float64).reshape(-1, 4) + shift
         size = np.array([self.x_limit, self.y_limit] * 2) + 2 * shift
         boxes = Boxes.from_array(rows / size, FRACTIONS, 1, 1)
+        spans = [(start + self.offset, end + self.offset) for start, end in self.spans]
         if self.rows:
-            return Parsed(boxes, self.labels, self.problems, "ok")
+            return Parsed(boxes, self.labels, self.problems, spans, "ok")
         if not self.candidates and (empty or is_none_answer(text)):
-            return Parsed(boxes, self.labels, self.problems, "none")
+            return Parsed(boxes, self.labels, self.problems, spans, "none")
         self.problem("no_box", text)
-        return Parsed(boxes, self.labels, self.problems, "parse_failure")
+        return Parsed(boxes, self.labels, self.problems, spans, "parse_failure")
 
 
 def is_quadrangle(numbers: Sequence[float]) -> bool:
@@ -152,12 +160,21 @@ def final_answer(text: str) -> str:
     Input: e.g. `<think>Is it [1, 2, 3, 4]?</think><answer>[5, 6, 7, 8]</answer>`.
     Output: e.g. `[5, 6, 7, 8]`; the whole text where no such tag stands in it, and nothing of an unfinished `<think>`.
     """
-    end = text.rfind("</think>")
-    if end >= 0:
-        text = text[end + len("</think>") :]
-    elif text.lstrip()[:7] == "<think>":
-        text = text[text.rfind("<answer>") :] if "<answer>" in text else ""
-    start = text.rfind("<answer>")
-    if start >= 0:
-        text = text[start + len("<answer>") :].partition("</answer>")[0]
-    return text
+    start, end = final_answer_bounds(text)
+    return text[start:end]
+
+
+def final_answer_bounds(text: str) -> tuple[int, int]:
+    """Return where `final_answer` begins and ends, in characters."""
+    start, end = 0, len(text)
+    thought = text.rfind("</think>")
+    if thought >= 0:
+        start = thought + len("</think>")
+    elif text.lstrip()[:7] == "<think>" and "<answer>" not in text:
+        start = end
+    answer = text.rfind("<answer>", start)
+    if answer >= 0:
+        start = answer + len("<answer>")
+        close = text.find("</answer>", start)
+        end = end if close < 0 else close
+    return start, end
