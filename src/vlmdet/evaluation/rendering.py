@@ -79,7 +79,11 @@ class Rendering:
         return tuple(batch["input_ids"][0].tolist())
 
     def picture(self, image: Image.Image) -> Image.Image | None:
-        """Resize a picture as the processor does, so that the same processor leaves it as it is; None where it would not."""
+        """Resize a picture as the processor does, so that the same processor leaves it as it is; None where it would not.
+
+        Of a family that sees every picture at one size but gets there in two steps (Idefics3), the picture is returned as given:
+        the server's processor takes both.
+        """
         images = self._processor.image_processor
         if not is_other_family(self._processor):
             size = {"shortest_edge": self._limits["min_pixels"], "longest_edge": self._limits["max_pixels"]}
@@ -91,8 +95,8 @@ class Rendering:
             return made.reshape(-1, *made.shape[-3:])[0].astype(np.uint8).transpose(1, 2, 0)
 
         pixels = squash(image)
-        same = np.array_equal(pixels, squash(Image.fromarray(pixels)))
-        return Image.fromarray(pixels) if same else None
+        squashed = Image.fromarray(pixels)
+        return squashed if np.array_equal(pixels, squash(squashed)) else image
 
     def texts(self, ids: Sequence[int]) -> tuple[str, ...]:
         """Return the texts of an answer's tokens; together they are its text, control tokens included."""

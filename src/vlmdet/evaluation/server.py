@@ -199,7 +199,7 @@ def _run(
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+            for future in sorted(done, key=lambda future: future.exception() is not None):  # no answer is lost
                 yield running.pop(future), future.result()
     finally:
         connection.stop()
