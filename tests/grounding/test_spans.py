@@ -47,7 +47,7 @@ CASES = [
     ("internvl", "cup[[1, 2, 3, 4]]\ndog[[5, 6, 7, 8]]", ["cup[[1, 2, 3, 4]]", "dog[[5, 6, 7, 8]]"]),
     (
         "paligemma",
-        "<loc0001><loc0002><loc0003><loc0004> red cup ; <loc0005><loc0006><loc0007><loc0008> dog",
+        "<loc0001><loc0002><loc0003><loc0004> red cup ; <loc0005><loc0006><loc0007><loc0008> dog<eos>",
         ["<loc0001><loc0002><loc0003><loc0004> red cup", "<loc0005><loc0006><loc0007><loc0008> dog"],
     ),
     (
@@ -57,7 +57,7 @@ CASES = [
     ),
     (
         "florence2",
-        "cup<loc_1><loc_2><loc_3><loc_4><loc_5><loc_6><loc_7><loc_8>, dog<loc_1><loc_2><loc_3><loc_4>",
+        "</s><s>cup<loc_1><loc_2><loc_3><loc_4><loc_5><loc_6><loc_7><loc_8>, dog<loc_1><loc_2><loc_3><loc_4>",
         ["cup<loc_1><loc_2><loc_3><loc_4>", "<loc_5><loc_6><loc_7><loc_8>", "dog<loc_1><loc_2><loc_3><loc_4>"],
     ),
     (

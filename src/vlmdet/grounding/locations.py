@@ -57,9 +57,21 @@ def runs(text: str) -> Iterator[Run]:
             after,
             match[0][:80],
             [token.span() for token in tokens],
-            match.start() - len(before.lstrip(_STRIPPED)),
-            match.end() + len(after.rstrip(_STRIPPED)),
+            match.start() - (len(before) - _words(before)[0]),
+            match.end() + _words(after)[1],
         )
+
+
+def _words(text: str) -> tuple[int, int]:
+    """Return where a name between runs begins and ends, wrappers and separators off; the length and 0 where there is none."""
+    start, end, pos = len(text), 0, 0
+    for stop, following in [*(other.span() for other in _OTHER.finditer(text)), (len(text), 0)]:
+        piece = text[pos:stop]
+        if piece.strip(_STRIPPED):
+            start = min(start, stop - len(piece.lstrip(_STRIPPED)))
+            end = pos + len(piece.rstrip(_STRIPPED))
+        pos = following
+    return start, end
 
 
 def name_of(text: str) -> str | None:

@@ -1,0 +1,123 @@
+"""Turn scores into probabilities that a box is right, fitted on a split that is not reported on.
+
+When: AFTER predictions of a validation split, once per run; numpy only.
+
+Calibration does not change the order of boxes, so AP stays what it is: it makes 0.8 mean that eight of ten such boxes are hits.
+Platt scaling has two parameters, and needs that many: one alone (a temperature) keeps 0.5 where it is, and a geometric mean
+of probabilities has no reason to be fair at 0.5. Isotonic regression is freer, needs a thousand boxes, and makes ties.
+
+Source: Platt 1999, "Probabilistic outputs for support vector machines", with its smoothed targets; Guo et al. 2017, "On
+calibration of modern neural networks", for the expected calibration error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmdet.errors import ConfigError, DataError
+
+MIN_EACH = 10
+"""Hits, and misses, below which nothing is fitted: two parameters would be noise."""
+_EDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """probability = 1 / (1 + exp(-(slope * logit(score) + intercept))), and what it was fitted on.
+
+    Attributes:
+        slope: above 0, so that the order of boxes stays.
+        intercept: shift of the log-odds.
+        source: the `score_source` that it is for.
+        split: the split that it was fitted on; never `test`.
+        n: boxes that it was fitted on.
+        hits: of these, right ones (same label, IoU >= 0.5).
+    """
+
+    slope: float
+    intercept: float
+    source: str
+    split: str
+    n: int
+    hits: int
+
+    def apply(self, scores: Sequence[float] | np.ndarray) -> list[float]:
+        """Return calibrated scores, from 0 to 1, in the same order."""
+        return [float(value) for value in _logistic(self.slope * _logit(scores) + self.intercept)]
+
+
+def fit_calibration(
+    scores: Sequence[float] | np.ndarray, hits: Sequence[bool] | np.ndarray, *, source: str, split: str
+) -> Calibration:
+    """Fit Platt scaling.
+
+    Input: n scores from 0 to 1 and whether each box is a hit; the `score_source` and the split that they come from.
+    Output: the `Calibration` with the highest likelihood of Platt's smoothed targets.
+
+    Raises:
+        ConfigError: the split is the test split, which chooses nothing.
+        DataError: there are fewer than `MIN_EACH` hits or misses, or higher scores are not hits more often.
+    """
+    if split == "test":
+        raise ConfigError("scores would be calibrated on the test split, which chooses nothing", "use the split val")
+    right = np.asarray(hits, dtype=bool)
+    n, good = len(right), int(right.sum())
+    if min(good, n - good) < MIN_EACH:
+        raise DataError(
+            f"{good} hits and {n - good} misses on the split '{split}' are too few to calibrate scores: "
+            f"{MIN_EACH} of each are needed",
+            "leave the scores uncalibrated, or predict more pictures",
+        )
+    design = np.stack([_logit(scores), np.ones(n)], axis=1)
+    target = np.where(right, (good + 1) / (good + 2), 1 / (n - good + 2))
+    weights = np.array([1.0, 0.0])
+    for _ in range(100):
+        chance = _logistic(design @ weights)
+        gradient = design.T @ (chance - target)
+        hessian = (design * (chance * (1 - chance))[:, None]).T @ design + 1e-9 * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        scale = 1.0
+        while scale > 1e-6 and _loss(design @ (weights - scale * step), target) > _loss(design @ weights, target):
+            scale /= 2
+        weights = weights - scale * step
+        if np.abs(scale * step).max() < 1e-10:
+            break
+    slope, intercept = (float(weight) for weight in weights)
+    if slope <= 0:
+        raise DataError(
+            f"higher scores ('{source}') are no more often hits on the split '{split}' (slope {slope:.2f} over {n} boxes)",
+            "these scores say nothing about the boxes: choose another --scores",
+        )
+    return Calibration(slope, intercept, source, split, n, good)
+
+
+def calibration_error(
+    scores: Sequence[float] | np.ndarray, hits: Sequence[bool] | np.ndarray, *, bins: int = 10
+) -> float:
+    """Return the expected calibration error: how far scores are from the share of hits, averaged over boxes.
+
+    Input: n scores from 0 to 1 and whether each box is a hit; the number of equally wide bins, open to the left.
+    Output: 0 (each bin's mean score is its share of hits) to 1; NaN where there is no box. Few boxes make it too large.
+    """
+    values, right = np.asarray(scores, dtype=np.float64), np.asarray(hits, dtype=np.float64)
+    if not len(values):
+        return float("nan")
+    place = np.clip(np.ceil(values * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(place, weights=values - right, minlength=bins)
+    return float(np.abs(gaps).sum() / len(values))
+
+
+def _logit(scores: Sequence[float] | np.ndarray) -> np.ndarray:
+    clipped = np.asarray(scores, dtype=np.float64).reshape(-1).clip(_EDGE, 1 - _EDGE)
+    return np.log(clipped / (1 - clipped))
+
+
+def _logistic(values: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -values))
+
+
+def _loss(values: np.ndarray, target: np.ndarray) -> float:
+    return float((np.logaddexp(0.0, values) - target * values).sum())

@@ -1,0 +1,66 @@
+"""Calibration: the error by hand, and parameters that come back from scores made with them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from vlmdet.errors import ConfigError, DataError
+from vlmdet.evaluation.calibration import MIN_EACH, Calibration, calibration_error, fit_calibration
+
+
+def test_the_error_by_hand() -> None:
+    # Bin (.8, .9]: two boxes, mean .85, one hit: gap .35. Bin (.1, .2]: two boxes, mean .15, no hit: gap .15. Mean of all: .25.
+    assert calibration_error([0.81, 0.89, 0.11, 0.19], [True, False, False, False]) == pytest.approx(0.25)
+    assert calibration_error([1.0, 0.0], [True, False]) == 0
+    assert calibration_error([1.0, 0.0], [False, True]) == 1
+    assert math.isnan(calibration_error([], []))
+
+
+def test_a_gap_above_and_one_below_in_one_bin_cancel() -> None:
+    assert calibration_error([0.5, 0.5], [True, False]) == 0
+
+
+def test_apply_by_hand() -> None:
+    made = Calibration(slope=2.0, intercept=math.log(3), source="first_token", split="val", n=40, hits=20)
+    # logit .5 = 0: the odds are 3. logit .8 = log 4: the odds are 4 * 4 * 3.
+    assert made.apply([0.5, 0.8]) == pytest.approx([0.75, 48 / 49])
+    assert 0 <= made.apply([0.0])[0] < 1e-6 and 1 - 1e-6 < made.apply([1.0])[0] <= 1
+
+
+def test_parameters_return_and_the_error_falls() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.uniform(0.3, 0.99, 20_000)
+    truth = 1 / (1 + np.exp(-(0.5 * np.log(scores / (1 - scores)) - 1)))
+    hits = generator.uniform(size=scores.size) < truth
+    made = fit_calibration(scores, hits, source="token_probability", split="val")
+    assert made.slope == pytest.approx(0.5, abs=0.05) and made.intercept == pytest.approx(-1, abs=0.05)
+    assert (made.n, made.hits, made.split, made.source) == (20_000, int(hits.sum()), "val", "token_probability")
+    assert calibration_error(scores, hits) > 0.2 and calibration_error(made.apply(scores), hits) < 0.02
+    assert np.argsort(made.apply(scores[:50])).tolist() == np.argsort(scores[:50]).tolist()
+
+
+def test_the_mean_of_what_was_fitted_is_the_share_of_hits() -> None:
+    """The gradient of the intercept is 0 there; Platt's smoothing moves the share a little towards a half."""
+    hits = np.array([True] * 30 + [False] * 20)
+    scores = np.concatenate([np.linspace(0.4, 0.9, 30), np.linspace(0.2, 0.7, 20)])
+    made = fit_calibration(scores, hits, source="first_token", split="val")
+    assert np.mean(made.apply(scores)) == pytest.approx((30 * 31 / 32 + 20 * 1 / 22) / 50, abs=1e-6)
+
+
+def test_scores_that_part_hits_from_misses_have_an_answer() -> None:
+    scores = np.array([0.0] * MIN_EACH + [1.0] * MIN_EACH)
+    made = fit_calibration(scores, scores == 1, source="consistency", split="val")
+    assert made.apply([0.0, 1.0]) == pytest.approx([1 / (MIN_EACH + 2), (MIN_EACH + 1) / (MIN_EACH + 2)], abs=1e-3)
+
+
+def test_what_is_refused() -> None:
+    scores, hits = np.linspace(0.1, 0.9, 40), np.arange(40) >= 20
+    with pytest.raises(ConfigError, match="test split"):
+        fit_calibration(scores, hits, source="first_token", split="test")
+    with pytest.raises(DataError, match="9 hits and 31 misses"):
+        fit_calibration(scores, np.arange(40) >= 31, source="first_token", split="val")
+    with pytest.raises(DataError, match="no more often hits"):
+        fit_calibration(scores, ~hits, source="first_token", split="val")
