@@ -14,7 +14,7 @@ What makes the answers comparable with those of a model in this process:
     server               control tokens   token probabilities   constrained   prompt compared by
     vLLM 0.32            yes              yes                   yes           ids of every request, and /tokenize
     SGLang               yes              yes                   yes           number (not run here: written from its documents)
-    transformers serve   no               no                    no            number
+    transformers serve   by its version   no                    no            number
     any other            as it likes      where it has them     no            number
 
 The flags of `vlmdet eval` and `vlmdet predict` that choose all this: `--engine openai --url URL --served-name MODEL`, with
