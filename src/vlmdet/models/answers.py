@@ -75,6 +75,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     Output: `("<|box_start|>", "(", "12", ",", …)`. Of a character whose bytes are spread over several tokens, the last one has
     the text, and those before it have "".
     """
+    alone: list[str] = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=False)
+    if "".join(alone) == tokenizer.decode(list(ids), skip_special_tokens=False):
+        return tuple(alone)  # as almost always
     texts, done = [], ""
     for count in range(1, len(ids) + 1):
         whole = tokenizer.decode(list(ids[:count]), skip_special_tokens=False)

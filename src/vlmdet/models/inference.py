@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from vlmdet.data.dataset import build_messages
 from vlmdet.errors import DataError
 from vlmdet.grounding import PIXEL_CODECS, View, get_codec
 from vlmdet.grounding.sizes import plan_view
-from vlmdet.models.answers import Answer, Ask, Engine, RowError
+from vlmdet.models.answers import Answer, Ask, Engine, RowError, token_texts
+from vlmdet.models.decoding import Decoded, can_loop, decode
 from vlmdet.models.loader import Loaded
 from vlmdet.models.processors import is_other_family
 
@@ -28,7 +31,13 @@ MAX_NEW_TOKENS = 256
 
 
 def hf_engine(
-    loaded: Loaded, *, contract: Contract, batch_size: int = 32, max_new_tokens: int = MAX_NEW_TOKENS
+    loaded: Loaded,
+    *,
+    contract: Contract,
+    batch_size: int = 32,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    logprobs: bool = False,
+    plain: bool = False,
 ) -> Engine:
     """Make an engine that asks a model in this process.
 
@@ -39,44 +48,73 @@ def hf_engine(
     """
     limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
 
-    def open_picture(ask: Ask) -> Image.Image | RowError:
+    collate = collate_other_prompts if is_other_family(loaded.processor) else collate_prompts
+    lock = Lock()  # a tokenizer must not be used by two threads at once
+
+    def prepare(asks: Sequence[Ask]) -> tuple[list[Ask], Any, list[tuple[int, RowError]]]:
+        ready, images, failed = [], [], []
+        for ask in asks:
+            image = _open_picture(ask, contract)
+            if isinstance(image, RowError):
+                failed.append((ask.index, image))
+            else:
+                ready.append(ask)
+                images.append(image)
+        with lock:
+            batch = collate(loaded.processor, [ask.messages for ask in ready], images, **limits) if ready else None
+        return ready, batch, failed
+
+    def answer(asks: Sequence[Ask], batch: Any) -> Iterator[tuple[int, Answer | RowError]]:
+        """Answer a batch; where it fails, each of its pictures alone, so that one cannot take the others with it."""
         try:
-            image = ask.sample.image
-            view = plan_view(*image.size, **limits, factor=contract.size_factor)
-        except DataError as error:
-            return RowError(str(error))
-        seen, planned = (view.resized_width, view.resized_height), (ask.view.resized_width, ask.view.resized_height)
-        if contract.codec in PIXEL_CODECS and seen != planned:
-            size = f"{ask.view.width} x {ask.view.height}"
-            return RowError(f"the picture is {image.width} x {image.height}, and its row says {size}")
-        return image
+            decoded, spent = _run(loaded.model, loaded.processor, batch, max_new_tokens, logprobs=logprobs, plain=plain)
+        except RuntimeError as error:  # of torch: out of memory, above all
+            if len(asks) == 1:
+                yield asks[0].index, RowError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                return
+        else:
+            with lock:
+                answers = _word(loaded.processor, batch, decoded, spent, logprobs=logprobs)
+            yield from zip([ask.index for ask in asks], answers, strict=True)
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for ask in asks:
+            ready, alone, failed = prepare([ask])
+            yield from failed or answer(ready, alone)
 
     def engine(asks: Sequence[Ask]) -> Iterator[tuple[int, Answer | RowError]]:
         # rows of like length together: less padding
         order = sorted(asks, key=lambda ask: ask.view.resized_width * ask.view.resized_height)
-        for start in range(0, len(order), batch_size):
-            ready: list[tuple[Ask, Image.Image]] = []
-            for ask in order[start : start + batch_size]:
-                image = open_picture(ask)
-                if isinstance(image, RowError):
-                    yield ask.index, image
-                else:
-                    ready.append((ask, image))
-            if ready:
-                answers = generate_answers(
-                    loaded.model,
-                    loaded.processor,
-                    [ask.messages for ask, _ in ready],
-                    [image for _, image in ready],
-                    **limits,
-                    max_new_tokens=max_new_tokens,
-                )
-                yield from zip([ask.index for ask, _ in ready], answers, strict=True)
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        with ThreadPoolExecutor(1) as pool:  # opens and resizes the next pictures while the model is busy
+            coming = pool.submit(prepare, batches[0]) if batches else None
+            for number in range(len(batches)):
+                assert coming is not None
+                ready, batch, failed = coming.result()
+                coming = pool.submit(prepare, batches[number + 1]) if number + 1 < len(batches) else None
+                yield from failed
+                if ready:
+                    yield from answer(ready, batch)
 
     return engine
 
 
-@torch.inference_mode()
+def _open_picture(ask: Ask, contract: Contract) -> Image.Image | RowError:
+    """Open a picture, unless it cannot be opened or shown to the model."""
+    limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels, "factor": contract.size_factor}
+    try:
+        image = ask.sample.image
+        view = plan_view(*image.size, **limits)
+    except DataError as error:
+        return RowError(str(error))
+    seen, planned = (view.resized_width, view.resized_height), (ask.view.resized_width, ask.view.resized_height)
+    if contract.codec in PIXEL_CODECS and seen != planned:
+        said = f"{ask.view.width} x {ask.view.height}"
+        return RowError(f"the picture is {image.width} x {image.height}, and its row says {said}")
+    return image
+
+
 def generate_answers(
     model: Any,
     processor: Any,
@@ -86,59 +124,101 @@ def generate_answers(
     min_pixels: int,
     max_pixels: int,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    logprobs: bool = False,
+    plain: bool = False,
 ) -> list[Answer]:
     """Generate greedily for one batch of prompts.
 
     When: once per batch of prediction.
 
     Input: `messages_list`, n conversations without an answer (system, user with a placeholder); `images_list`, n upright
-    pictures; pixel limits; `max_new_tokens` per answer. The model's mode and cache setting are put back afterwards.
+    pictures; pixel limits; `max_new_tokens` per answer; `logprobs`, give the texts and probabilities of the tokens; `plain`,
+    decode with transformers' `generate` even where `decoding` could. The model's mode is put back afterwards.
     Output: n answers in the same order. Prompts are padded on the left, so a row's answer does not depend on the others.
     """
     collate = collate_other_prompts if is_other_family(processor) else collate_prompts
     batch = collate(processor, messages_list, images_list, min_pixels=min_pixels, max_pixels=max_pixels)
+    decoded, spent = _run(model, processor, batch, max_new_tokens, logprobs=logprobs, plain=plain)
+    return _word(processor, batch, decoded, spent, logprobs=logprobs)
+
+
+@torch.inference_mode()
+def _run(
+    model: Any, processor: Any, batch: Any, max_new_tokens: int, *, logprobs: bool, plain: bool
+) -> tuple[list[Decoded], float]:
+    """Decode a batch of prompts; returns the rows, and the milliseconds that each took."""
     batch = batch.to(model.device)
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     was_training = model.training
     model.eval()
     started = time.perf_counter()
     ends = _end_tokens(model, processor)
-    # temperature and its like are None, or a checkpoint's sampling settings would be warned about on every call; Florence-2's
-    # own settings (three beams, no three tokens twice) are for captions: a name of three tokens could be written only once
     try:
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            num_beams=1,
-            no_repeat_ngram_size=0,
-            use_cache=True,
-            eos_token_id=ends,
-            pad_token_id=processor.tokenizer.pad_token_id,
-        )
+        if plain or not can_loop(model):
+            decoded = _generate(model, processor, batch, ends, max_new_tokens, logprobs=logprobs)
+        else:
+            decoded = decode(model, batch, ends=ends, max_new_tokens=max_new_tokens, logprobs=logprobs)
     finally:
         model.train(was_training)
-    spent = (time.perf_counter() - started) * 1000 / len(output)
-    # an encoder-decoder gives back what the decoder wrote, after its start token
-    prompt = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    return decoded, (time.perf_counter() - started) * 1000 / len(decoded)
+
+
+def _word(processor: Any, batch: Any, decoded: Sequence[Decoded], spent: float, *, logprobs: bool) -> list[Answer]:
+    """Turn ids into texts."""
     answers = []
-    for row, mask, ids in zip(output[:, prompt:].tolist(), batch["attention_mask"], batch["input_ids"], strict=True):
-        end = next((i for i, token in enumerate(row) if token in ends), None)
-        kept = row if end is None else row[:end]
+    for row, mask, ids in zip(decoded, batch["attention_mask"], batch["input_ids"], strict=True):
+        kept = row.ids[:-1] if row.ended else row.ids
         answers.append(
             Answer(
                 text=processor.tokenizer.decode(kept, skip_special_tokens=False),
                 prompt_tokens=int(mask.sum()),
                 image_tokens=int((ids == processor.image_token_id).sum()),
-                answer_tokens=len(kept) + (end is not None),
-                truncated=end is None,
+                answer_tokens=len(row.ids),
+                truncated=not row.ended,
                 milliseconds=spent,
+                tokens=token_texts(processor.tokenizer, kept) if logprobs else (),
+                logprobs=tuple(row.logprobs[: len(kept)]),
             )
         )
     return answers
+
+
+def _generate(
+    model: Any, processor: Any, batch: Any, ends: Sequence[int], max_new_tokens: int, *, logprobs: bool
+) -> list[Decoded]:
+    """Decode with transformers' own `generate`."""
+    # temperature and its like are None, or a checkpoint's sampling settings would be warned about on every call; Florence-2's
+    # own settings (three beams, no three tokens twice) are for captions: a name of three tokens could be written only once
+    output = model.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        num_beams=1,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=list(ends),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=logprobs,
+    )
+    # an encoder-decoder gives back what the decoder wrote, after its start token
+    prompt = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    written = output.sequences[:, prompt:]
+    chances: list[list[float]] = [[] for _ in written]
+    if logprobs:
+        steps = [
+            logits.float().log_softmax(dim=-1).gather(1, written[:, i : i + 1])
+            for i, logits in enumerate(output.logits)
+        ]
+        chances = torch.cat(steps, dim=1).tolist()
+    decoded = []
+    for row, known in zip(written.tolist(), chances, strict=True):
+        count = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        decoded.append(Decoded(row[:count], known[:count], count > 0 and row[count - 1] in ends))
+    return decoded
 
 
 def _end_tokens(model: Any, processor: Any) -> list[int]:

@@ -179,6 +179,7 @@ def look(loaded: Loaded, samples: Sequence[Sample], contract: Contract) -> Seen:
             contract=contract,
             batch_size=len(samples),
             max_new_tokens=int(contract.decoding["max_new_tokens"]),
+            plain=True,  # every row stays in the batch to the end
         )
         rows = predict(engine, samples, contract=contract)
     finally:
