@@ -86,6 +86,20 @@ def many_to_fractions(values: np.ndarray, box_format: BoxFormat, sizes: np.ndarr
     return read / (1000.0 if box_format.unit == "per_mille" else 1.0)
 
 
+def overlap(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return intersection and union of pairs of boxes; a box whose side is not positive has area 0.
+
+    Input: two (…, 4) float64, x1, y1, x2, y2 in one unit, of shapes that broadcast. Output: two (…) float64, in that unit
+    squared; not finite where numbers are too large to multiply.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        low = np.maximum(first[..., :2], second[..., :2])
+        high = np.minimum(first[..., 2:], second[..., 2:])
+        both = (high - low).clip(min=0).prod(axis=-1)
+        areas = [(boxes[..., 2:] - boxes[..., :2]).clip(min=0).prod(axis=-1) for boxes in (first, second)]
+        return both, areas[0] + areas[1] - both
+
+
 @dataclass(frozen=True, eq=False)
 class Boxes:
     """Boxes of one picture.
@@ -142,10 +156,7 @@ class Boxes:
 
     def iou(self, other: Boxes) -> np.ndarray:
         """Return intersection over union with every other box: (n, m) float64; 0 where both are empty."""
-        low = np.maximum(self.xyxy[:, None, :2], other.xyxy[None, :, :2])
-        high = np.minimum(self.xyxy[:, None, 2:], other.xyxy[None, :, 2:])
-        both = (high - low).clip(min=0).prod(axis=2)
-        union = self.area()[:, None] + other.area()[None, :] - both
+        both, union = overlap(self.xyxy[:, None], other.xyxy[None])
         return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
 
     def raster_order(self) -> np.ndarray:

@@ -119,10 +119,12 @@ def test_swapped_axes_have_the_iou_of_the_formula():
 
 def test_an_ignored_box_takes_predictions_off_the_count():
     truth = [[0, 0, 0.4, 1], [0.5, 0, 0.9, 1]]
-    on_ignored = [[0.5, 0, 0.9, 1], [0.5, 0, 0.88, 1], [0.5, 0, 0.6, 1]]  # IoU 1, .95, .25 with the second
+    # shares of them that lie on the second true box: 1, 1, 1 (its IoU is .25), .1 of .3 = 1/3
+    on_ignored = [[0.5, 0, 0.9, 1], [0.5, 0, 0.88, 1], [0.5, 0, 0.6, 1], [0.8, 0, 1.1, 1]]
     matching = match(truth, on_ignored, ignore=[False, True])
-    assert counts(matching) == (0, 1, 1)  # two are absorbed, the last is false, the first true box is missed
-    assert counts(matching, 0.2) == (0, 0, 1)
+    assert counts(matching) == (0, 1, 1)  # three are absorbed, the last is false, the first true box is missed
+    assert counts(matching, 0.3) == (0, 0, 1)
+    assert matching.ignored_share == pytest.approx([1, 1, 1, 1 / 3])
     assert np.isnan(matching.best_iou).tolist() == [False, True]
     # of another class: not absorbed
     assert counts(match(truth, on_ignored[:1], ["cup", "dog"], ignore=[False, True])) == (0, 1, 1)

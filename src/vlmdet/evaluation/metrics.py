@@ -1,31 +1,35 @@
 """Figures of a run, from the rows of its `predictions.jsonl`.
 
-When: AFTER generation, on stored rows; numpy only, so any figure can be computed again without the model. `match.py`
-runs before it, `files.py` writes what comes out; `compare.py` takes the same counts of two runs.
+When: AFTER generation, on stored rows; numpy only, so any figure can be computed again without the model. `table.py` and
+`match.py` run before it; `results.py` makes the whole of `results.json` of the same counts, `compare.py` compares those of
+two runs.
 
 Three steps: each image is counted once (`count_images`), counts are added up over the images or over resamples of them
 (`resample`), and every figure is a ratio of such sums (`FORMULAS`). Boxes of all images are pooled: an image with ten
 objects weighs ten times one with a single object.
+
+IoUs are rounded to nine decimals and added up as whole numbers of 1e-9. Whole numbers stay exact in float64 up to 9e15,
+so that no sum depends on the order of boxes or images.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
-from vlmdet.boxes import FRACTIONS, Boxes
-from vlmdet.errors import ConfigError, DataError
-from vlmdet.evaluation.match import Matching, count_duplicates, match_boxes, resolve_labels
+from vlmdet.evaluation.match import Matching, duplicates_by_image, match_sides
+from vlmdet.evaluation.table import Row as Row
+from vlmdet.evaluation.table import Table, lay_out
+from vlmdet.evaluation.table import sort_rows as sort_rows
 
 THRESHOLDS = np.arange(50, 100, 5) / 100
 """IoU thresholds of COCO: .50, .55, … .95."""
 
-Row = Mapping[str, Any]
-"""A row of `predictions.jsonl`."""
+UNIT = 1e-9
+"""IoUs are added up in this unit."""
 
 Counts = dict[str, np.ndarray]
 """Counts by name: (n,) or, for tp, fp and fn, (n, 10) float64; n images, or n sums over images."""
@@ -51,12 +55,12 @@ def _f1(counts: Counts) -> np.ndarray:
 
 
 FORMULAS: dict[str, Callable[[Counts], np.ndarray]] = {
-    "mean_best_iou": lambda c: _ratio(c["best_iou"], c["truth"]),
+    "mean_best_iou": lambda c: UNIT * _ratio(c["best_iou"], c["truth"]),
     "f1_50": lambda c: _f1(c)[:, 0],
     "f1": lambda c: _f1(c).mean(axis=1),
     "precision_50": lambda c: _ratio(c["tp"][:, 0], c["tp"][:, 0] + c["fp"][:, 0]),
     "recall_50": lambda c: _ratio(c["tp"][:, 0], c["truth"]),
-    "mean_matched_iou": lambda c: _ratio(c["matched_iou"], c["tp"][:, 0]),
+    "mean_matched_iou": lambda c: UNIT * _ratio(c["matched_iou"], c["tp"][:, 0]),
     "boxes_per_image": lambda c: _ratio(c["predicted"], c["images"]),
     "count_error": lambda c: _ratio(c["count_error"], c["images"]),
     "parse_failure_rate": lambda c: _ratio(c["parse_failure"], c["images"]),
@@ -68,6 +72,9 @@ FORMULAS: dict[str, Callable[[Counts], np.ndarray]] = {
     "error_rate": lambda c: _ratio(c["error"], c["images"]),
 }
 """Each figure as a function of counts or sums of them."""
+
+BOX_FIGURES = ("f1_50", "f1", "precision_50", "recall_50", "mean_best_iou", "mean_matched_iou")
+"""Figures of boxes alone, for a part of them: a class, a size."""
 
 _TAKEN_OVER = {"correct_empty_rate": "empty", "detection_rate": "with_truth"}
 """Figures that only some of the images have a part in, and the count of those; the others are taken over all."""
@@ -104,11 +111,15 @@ def score_rows(
         ConfigError: `labels_asked` is empty.
         DataError: two rows have one id.
     """
-    everything = count_images(rows, labels_asked=labels_asked)
-    scored = {name: values[everything["error"] == 0] for name, values in everything.items()}
+    return score_counts(count_images(rows, labels_asked=labels_asked), resamples=resamples, seed=seed)
+
+
+def score_counts(counts: Counts, *, resamples: int, seed: int) -> dict[str, Figure]:
+    """Make the figures of `score_rows` of what `count_images` counted."""
+    scored = {name: values[counts["error"] == 0] for name, values in counts.items()}
     sums = resample(scored, resamples=resamples, seed=seed)
-    figures = {name: _figure(name, sums) for name in FORMULAS}
-    figures["error_rate"] = _figure("error_rate", resample(everything, resamples=resamples, seed=seed))
+    figures = {name: make_figure(name, sums) for name in FORMULAS}
+    figures["error_rate"] = make_figure("error_rate", resample(counts, resamples=resamples, seed=seed))
     return figures
 
 
@@ -122,46 +133,31 @@ def per_image(rows: Sequence[Row], *, labels_asked: Sequence[str]) -> list[dict[
     Raises:
         ConfigError: `labels_asked` is empty.
     """
-    _check_asked(labels_asked)
-    return [_image_figures(row, labels_asked) for row in rows]
+    table = lay_out(rows, labels_asked=labels_asked)
+    return image_figures(rows, table, count_table(table, match_table(table)))
 
 
-def _image_figures(row: Row, labels_asked: Sequence[str]) -> dict[str, Any]:
-    """Make one line of `per_image`."""
-    counts = {name: np.asarray([value]) for name, value in _count_image(row, labels_asked).items()}
-    failed = row["status"] == "error"
-
-    def number(value: np.ndarray) -> int | None:
-        return None if failed else int(value.flat[0])
-
-    def share(name: str) -> float | None:
-        value = float(FORMULAS[name](counts)[0])
-        return None if failed or math.isnan(value) else value
-
-    return {
-        "id": row["id"],
-        "status": row["status"],
-        "n_truth": number(counts["truth"]),
-        "n_pred": number(counts["predicted"]),
-        "tp": number(counts["tp"]),
-        "fp": number(counts["fp"]),
-        "fn": number(counts["fn"]),
-        "mean_best_iou": share("mean_best_iou"),
-        "f1": share("f1_50"),
+def image_figures(rows: Sequence[Row], table: Table, counts: Counts) -> list[dict[str, Any]]:
+    """Make the lines of `per_image` of what was counted, in the order of `rows`."""
+    columns = {
+        "n_truth": counts["truth"],
+        "n_pred": counts["predicted"],
+        "tp": counts["tp"][:, 0],
+        "fp": counts["fp"][:, 0],
+        "fn": counts["fn"][:, 0],
     }
-
-
-def sort_rows(rows: Sequence[Row]) -> list[Row]:
-    """Sort rows by id: a seed then draws the same images whatever the order of the file.
-
-    Raises:
-        DataError: two rows have one id.
-    """
-    ordered = sorted(rows, key=lambda row: str(row["id"]))
-    for one, other in itertools.pairwise(ordered):
-        if one["id"] == other["id"]:
-            raise DataError(f"two predictions have the id '{one['id']}'", "leave one of them out")
-    return ordered
+    whole = {name: values.astype(np.int64).tolist() for name, values in columns.items()}
+    shares = {"mean_best_iou": FORMULAS["mean_best_iou"](counts).tolist(), "f1": FORMULAS["f1_50"](counts).tolist()}
+    place = {row["id"]: number for number, row in enumerate(table.rows)}
+    lines = []
+    for row in rows:
+        i = place[row["id"]]
+        scored = bool(table.scored[i])
+        line: dict[str, Any] = {"id": row["id"], "status": row["status"]}
+        line |= {name: values[i] if scored else None for name, values in whole.items()}
+        line |= {name: None if not scored or math.isnan(v[i]) else v[i] for name, v in shares.items()}
+        lines.append(line)
+    return lines
 
 
 def count_images(rows: Sequence[Row], *, labels_asked: Sequence[str]) -> Counts:
@@ -174,36 +170,119 @@ def count_images(rows: Sequence[Row], *, labels_asked: Sequence[str]) -> Counts:
         ConfigError: `labels_asked` is empty.
         DataError: two rows have one id.
     """
-    _check_asked(labels_asked)
-    counts = [_count_image(row, labels_asked) for row in sort_rows(rows)]
+    table = lay_out(rows, labels_asked=labels_asked)
+    return count_table(table, match_table(table))
+
+
+def match_table(table: Table) -> Matching:
+    """Pair all boxes of a run."""
+    return match_sides(table.truth, table.predicted, ignored=table.ignored)
+
+
+def count_table(table: Table, matching: Matching) -> Counts:
+    """Count what every figure needs, image by image: (n,) or (n, 10) float64 for each name."""
+    n = len(table.rows)
+    counts = tally(matching, table.truth.image, table.predicted.image, n)
+    true = np.bincount(table.truth.image, minlength=n)  # with ignored ones
+    empty = table.scored & (true == 0)
+    status = np.asarray([row["status"] for row in table.rows], dtype=object)
+    truncated = np.asarray([bool(row["truncated"]) for row in table.rows], dtype=bool)
+    off_list = (table.predicted.label < 0) | (table.predicted.label >= table.asked)
+    failed = status == "parse_failure"
+    single: dict[str, np.ndarray] = {
+        "images": np.ones(n),
+        "error": ~table.scored,
+        # tp + fp: predictions that do not lie on an ignored box
+        "count_error": np.abs(counts["tp"][:, 0] + counts["fp"][:, 0] - counts["truth"]),
+        "parse_failure": failed,
+        "off_list": np.bincount(table.predicted.image, off_list, minlength=n),
+        "duplicates": duplicates_by_image(table.predicted, n),
+        "truncated": truncated & table.scored,
+        "empty": empty,
+        "correct_empty": empty & (counts["predicted"] == 0) & ~failed,
+        "with_truth": counts["truth"] > 0,
+        "detected": counts["tp"][:, 0] > 0,
+    }
+    return counts | {name: np.asarray(values, dtype=np.float64) for name, values in single.items()}
+
+
+def tally(matching: Matching, truth_group: np.ndarray, predicted_group: np.ndarray, groups: int) -> Counts:
+    """Count boxes by group: by picture, or by picture and class.
+
+    Input: the group of each true and each predicted box, 0 to `groups` - 1; -1 leaves a box out. A hit counts in the group
+    of its true box, a false box in its own.
+    Output: `tp`, `fp`, `fn` (groups, 10); `truth` (that are not ignored), `predicted`, `best_iou`, `matched_iou` (groups,),
+    the IoUs in `UNIT`.
+    """
+    real = ~np.isnan(matching.best_iou) & (truth_group >= 0)
+    group, own = truth_group[real], predicted_group[predicted_group >= 0]
+    tp = _levels(matching.truth_iou[real], group, groups)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+    fp = _levels(matching.excuse[predicted_group >= 0], own, groups).cumsum(axis=1)[:, :-1]
+    truth = np.bincount(group, minlength=groups).astype(np.float64)
+    matched = np.where(matching.truth_iou >= THRESHOLDS[0], matching.truth_iou, 0.0)
     return {
-        name: np.asarray([one[name] for one in counts], dtype=np.float64).reshape(len(counts), *np.shape(example))
-        for name, example in _NOTHING.items()
+        "tp": tp,
+        "fp": fp,
+        "fn": truth[:, None] - tp,
+        "truth": truth,
+        "predicted": np.bincount(own, minlength=groups).astype(np.float64),
+        "best_iou": np.bincount(group, (matching.best_iou[real] / UNIT).round(), minlength=groups),
+        "matched_iou": np.bincount(group, (matched[real] / UNIT).round(), minlength=groups),
+    }
+
+
+def _levels(iou: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """Count boxes by how many thresholds they reach: (groups, 11) float64."""
+    steps = len(THRESHOLDS) + 1
+    reached = np.searchsorted(THRESHOLDS, iou, side="right")
+    return np.bincount(group * steps + reached, minlength=groups * steps).reshape(groups, steps).astype(np.float64)
+
+
+def draw_images(n: int, *, resamples: int, seed: int) -> np.ndarray:
+    """Draw n images with replacement, again and again.
+
+    Output: (n, 1 + resamples) uint8, how often each image is drawn; the first column takes each once. The same n and seed
+    draw the same images, which is what pairs two runs.
+    """
+    drawn = np.ones((n, 1 + resamples), dtype=np.uint8)  # 256 times the same image is not to be seen in this world
+    rng = np.random.default_rng(seed)
+    at_once = max(1, 4_000_000 // max(n, 1))  # 32 MB; numbers drawn do not depend on it
+    for start in range(0, resamples if n else 0, at_once):
+        size = min(at_once, resamples - start)
+        drawn[:, 1 + start : 1 + start + size] = rng.multinomial(n, np.full(n, 1 / n), size=size).T
+    return drawn
+
+
+def add_up(counts: Counts, drawn: np.ndarray, images: np.ndarray | None = None) -> Counts:
+    """Add counts up over the images of each resample.
+
+    Input: `counts` of k rows; `drawn` of `draw_images`; `images` (k,), the image of each row where they are not all.
+    Output: `Counts` of 1 + resamples sums.
+    """
+    k = len(next(iter(counts.values())))
+    table = np.concatenate([values.reshape(k, math.prod(values.shape[1:])).T for values in counts.values()])
+    added = np.zeros((len(table), drawn.shape[1]))
+    at_once = max(1, 4_000_000 // max(drawn.shape[1], 1))
+    for start in range(0, k, at_once):
+        here = slice(start, start + at_once)
+        weights = drawn[here] if images is None else drawn[images[here]]
+        added += table[:, here] @ weights.astype(np.float64)
+    ends = np.cumsum([math.prod(values.shape[1:]) for values in counts.values()])
+    parts = np.split(added.T, ends[:-1], axis=1)
+    return {
+        name: part.reshape(len(part), *values.shape[1:])
+        for (name, values), part in zip(counts.items(), parts, strict=True)
     }
 
 
 def resample(counts: Counts, *, resamples: int, seed: int) -> Counts:
     """Add counts up over all images, and over images drawn with replacement.
 
-    Input: `counts` of n images. Output: `Counts` of 1 + resamples sums; the first is over each image once. The same n
-    and seed draw the same images, which is what pairs two runs. Of no images all sums are 0.
+    Input: `counts` of n images. Output: `Counts` of 1 + resamples sums; the first is over each image once. Of no images
+    all sums are 0.
     """
-    n = len(counts["images"])
-    table = np.concatenate([values.reshape(n, math.prod(values.shape[1:])) for values in counts.values()], axis=1)
-    sums = [table.sum(axis=0, keepdims=True)]
-    rng = np.random.default_rng(seed)
-    at_once = max(1, 4_000_000 // max(n, 1))  # 32 MB of weights; numbers drawn do not depend on it
-    for start in range(0, resamples, at_once):
-        size = min(at_once, resamples - start)
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=size) if n else np.zeros((size, 0))
-        sums.append(weights.astype(np.float64) @ table)
-    added = np.concatenate(sums)
-    ends = np.cumsum([math.prod(values.shape[1:]) for values in counts.values()])
-    parts = np.split(added, ends[:-1], axis=1)
-    return {
-        name: part.reshape(len(added), *values.shape[1:])
-        for (name, values), part in zip(counts.items(), parts, strict=True)
-    }
+    n = len(next(iter(counts.values())))
+    return add_up(counts, draw_images(n, resamples=resamples, seed=seed))
 
 
 def interval(values: np.ndarray) -> tuple[float | None, float | None, float | None]:
@@ -222,74 +301,9 @@ def interval(values: np.ndarray) -> tuple[float | None, float | None, float | No
     return float(values[0]), float(low), float(high)
 
 
-def _figure(name: str, sums: Counts) -> Figure:
+def make_figure(name: str, sums: Counts, *, n: int | None = None) -> Figure:
+    """Make a figure of the sums of `add_up`; `n`, where it is taken over a part of the images."""
     value, low, high = interval(FORMULAS[name](sums))
-    return {"value": value, "low": low, "high": high, "n": int(sums[_TAKEN_OVER.get(name, "images")][0])}
-
-
-_NOTHING: dict[str, Any] = {
-    **dict.fromkeys(("tp", "fp", "fn"), np.zeros(len(THRESHOLDS))),
-    **dict.fromkeys(
-        (
-            *("images", "error", "truth", "predicted", "best_iou", "matched_iou", "count_error", "parse_failure"),
-            *("off_list", "duplicates", "truncated", "empty", "correct_empty", "with_truth", "detected"),
-        ),
-        0.0,
-    ),
-}
-"""The counts of an image that has nothing to count."""
-
-
-def _count_image(row: Row, labels_asked: Sequence[str]) -> dict[str, Any]:
-    """Count one row."""
-    if row["status"] == "error":
-        return {**_NOTHING, "images": 1, "error": 1}
-    predicted = _boxes(row, row["boxes"])
-    labels = resolve_labels(row["labels"], labels_asked)
-    ignore = [bool(flag) for flag in row["truth"]["ignore"]]
-    matching = match_boxes(
-        _boxes(row, row["truth"]["boxes"]),
-        row["truth"]["labels"],
-        predicted,
-        labels,
-        labels_asked=labels_asked,
-        ignore=ignore,
-    )
-    tp, fp, fn = matching.count(THRESHOLDS)
-    truth = len(ignore) - sum(ignore)
-    return {
-        **_NOTHING,
-        "tp": tp,
-        "fp": fp,
-        "fn": fn,
-        "images": 1,
-        "truth": truth,
-        "predicted": len(predicted),
-        **_iou_sums(matching),
-        "count_error": abs(int(tp[0] + fp[0]) - truth),  # tp + fp: predictions that do not lie on an ignored box
-        "parse_failure": row["status"] == "parse_failure",
-        "off_list": sum(label not in labels_asked for label in labels),
-        "duplicates": count_duplicates(predicted, labels),
-        "truncated": bool(row["truncated"]),
-        "empty": not ignore,
-        "correct_empty": not ignore and not len(predicted) and row["status"] != "parse_failure",
-        "with_truth": truth > 0,
-        "detected": tp[0] > 0,
-    }
-
-
-def _iou_sums(matching: Matching) -> dict[str, float]:
-    """Add IoUs up; `fsum`, because its result does not depend on the order of the boxes."""
-    return {
-        "best_iou": math.fsum(matching.best_iou[~np.isnan(matching.best_iou)]),
-        "matched_iou": math.fsum(matching.iou[matching.iou >= THRESHOLDS[0]]),
-    }
-
-
-def _boxes(row: Row, values: Any) -> Boxes:
-    return Boxes.from_array(values, FRACTIONS, row["width"], row["height"])
-
-
-def _check_asked(labels_asked: Sequence[str]) -> None:
-    if isinstance(labels_asked, str) or not labels_asked:
-        raise ConfigError("no labels to score", "give the list of classes that the model was asked for")
+    if n is None:
+        n = int(sums[_TAKEN_OVER.get(name, "images")][0])
+    return {"value": value, "low": low, "high": high, "n": n}
