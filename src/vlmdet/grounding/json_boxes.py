@@ -86,6 +86,11 @@ def write_json(labels: Sequence[str], boxes: Boxes, *, key: str, x_limit: int, y
     return GUARDED.sub("\\\\u003c", json.dumps(rows, ensure_ascii=False))
 
 
+def write_label(label: str) -> str:
+    """Return a label as `write_json` writes it, quotes included."""
+    return GUARDED.sub("\\\\u003c", json.dumps(label, ensure_ascii=False))
+
+
 def parse_json(text: str, *, x_limit: float, y_limit: float) -> Parsed:
     """Read an answer of a family that writes JSON; never raises, takes time in proportion to the length.
 
