@@ -1,4 +1,4 @@
-"""Read and write what an evaluation leaves: predictions.jsonl, results.json, results.csv, per_image.csv.
+"""Read and write what an evaluation leaves: predictions.jsonl, results.json and what is made of it.
 
 When: AFTER; no torch. `predict.py` writes predictions, everything after it reads them. One row of
 `predictions.jsonl`, on one line:
@@ -15,14 +15,16 @@ Boxes are x1, y1, x2, y2 as fractions of the upright image.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmdet.errors import DataError
+from vlmdet.evaluation.metrics import BOX_FIGURES
+from vlmdet.files import write_whole
 
 STATUSES = ("ok", "none", "parse_failure", "error")
 PER_IMAGE_COLUMNS = ("id", "status", "n_truth", "n_pred", "tp", "fp", "fn", "mean_best_iou", "f1")
@@ -38,16 +40,11 @@ def write_predictions(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> No
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        # An answer may hold half of a surrogate pair, which UTF-8 has no bytes for: the escape \udxxx is JSON for it.
-        with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            for line, row in enumerate(rows, start=1):
-                _check_row(row, f"{path}:{line}")
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, f"{path}:{number}")
+        lines.append(_line(row))
+    write_whole(path, b"".join(lines))
 
 
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:
@@ -90,6 +87,70 @@ def write_results(
         DataError: an entry of `meta` has the name of a column of figures.
     """
     folder = Path(folder)
+    row = _result_row(meta, figures)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"meta": dict(meta), "figures": dict(figures)}, indent=2, allow_nan=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    _write_csv(folder / "results.csv", list(row), [row])
+    _write_csv(folder / "per_image.csv", PER_IMAGE_COLUMNS, images)
+
+
+def write_evaluation(
+    folder: str | Path,
+    results: Mapping[str, Any],
+    *,
+    images: Sequence[Mapping[str, Any]],
+    matches: Iterable[Mapping[str, Any]],
+) -> None:
+    """Write all that was measured of a run: matches.jsonl, per_class.csv, per_image.csv, results.csv, results.json.
+
+    When: once per run and split. Each file appears when it is whole, `results.json` last.
+
+    Input: `results` of `results.summarise`; `images` of `metrics.per_image`; `matches` of `results.list_matches`.
+    Output: `per_class.csv` has a row `all`, then one a class: `class, images, instances, predicted, f1_50, f1_50_low,
+    f1_50_high, …`. `results.csv` has one row: each entry of `meta` (a list or object as JSON), then `f1_50, f1_50_low,
+    f1_50_high, f1_50_n, …`. An undefined figure is null or an empty cell.
+
+    Raises:
+        DataError: an entry of `meta` has the name of a column of figures.
+    """
+    folder = Path(folder)
+    row = _result_row(results["meta"], results["figures"])
+    text = _layered(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "matches.jsonl", b"".join(_line(match) for match in matches))
+    _write_csv(folder / "per_class.csv", _CLASS_COLUMNS, _class_rows(results))
+    _write_csv(folder / "per_image.csv", PER_IMAGE_COLUMNS, images)
+    _write_csv(folder / "results.csv", list(row), [row])
+    write_whole(folder / "results.json", text.encode("utf-8", errors="backslashreplace"))
+
+
+_CLASS_COLUMNS = (
+    *("class", "images", "instances", "predicted"),
+    *(f"{name}{part}" for name in BOX_FIGURES for part in ("", "_low", "_high")),
+)
+
+
+def _class_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lay the figures of all classes and of each side by side."""
+    classes = results["per_class"]
+    with_truth = sum(part["images"] for name, part in results["by_count"].items() if name != "0")
+    instances = sum(entry["instances"] for entry in classes.values())
+    predicted = results["figures"]["boxes_per_image"]
+    boxes = round((predicted["value"] or 0) * predicted["n"])
+    everything = {"images": with_truth, "instances": instances, "predicted": boxes, "figures": results["figures"]}
+    rows = []
+    for name, entry in [("all", everything), *classes.items()]:
+        row = {"class": name, **{key: entry[key] for key in ("images", "instances", "predicted")}}
+        for figure in BOX_FIGURES:
+            values = entry["figures"][figure]
+            row |= {figure: values["value"], f"{figure}_low": values["low"], f"{figure}_high": values["high"]}
+        rows.append(row)
+    return rows
+
+
+def _result_row(meta: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Make the one row of results.csv."""
     row = {
         key: value if isinstance(value, str | int | float | None) else json.dumps(value) for key, value in meta.items()
     }
@@ -98,18 +159,37 @@ def write_results(
         if clash := sorted(columns.keys() & row.keys()):
             raise DataError(f"meta and figures both have '{clash[0]}'", "name the entry of meta otherwise")
         row.update(columns)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"meta": dict(meta), "figures": dict(figures)}, indent=2, allow_nan=False)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-    _write_csv(folder / "results.csv", list(row), [row])
-    _write_csv(folder / "per_image.csv", PER_IMAGE_COLUMNS, images)
+    return row
+
+
+def _layered(document: Mapping[str, Any]) -> str:
+    """Write JSON with one line for each entry of each part: to be read by people, and a matrix of 1,000 classes is short."""
+
+    def dump(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    parts = []
+    for key, value in document.items():
+        if isinstance(value, Mapping) and value:
+            inner = ",\n".join(f"    {dump(name)}: {dump(entry)}" for name, entry in value.items())
+            parts.append(f"  {dump(key)}: {{\n{inner}\n  }}")
+        else:
+            parts.append(f"  {dump(key)}: {dump(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    """Write one line of JSONL."""
+    # An answer may hold half of a surrogate pair, which UTF-8 has no bytes for: the escape \udxxx is JSON for it.
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", errors="backslashreplace")
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, file.getvalue().encode("utf-8", errors="backslashreplace"))
 
 
 def _read_line(line: bytes, where: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Three steps: each image is counted once (`count_images`), counts are added up ov
 (`resample`), and every figure is a ratio of such sums (`FORMULAS`). Boxes of all images are pooled: an image with ten
 objects weighs ten times one with a single object.
 
-IoUs are rounded to nine decimals and added up as whole numbers of 1e-9. Whole numbers stay exact in float64 up to 9e15,
+IoUs are rounded to nine decimals and added up as whole billionths. Whole numbers stay exact in float64 up to 9e15,
 so that no sum depends on the order of boxes or images.
 """
 
@@ -28,8 +28,8 @@ from vlmdet.evaluation.table import sort_rows as sort_rows
 THRESHOLDS = np.arange(50, 100, 5) / 100
 """IoU thresholds of COCO: .50, .55, … .95."""
 
-UNIT = 1e-9
-"""IoUs are added up in this unit."""
+BILLION = 1e9
+"""IoUs are added up in billionths."""
 
 Counts = dict[str, np.ndarray]
 """Counts by name: (n,) or, for tp, fp and fn, (n, 10) float64; n images, or n sums over images."""
@@ -55,12 +55,12 @@ def _f1(counts: Counts) -> np.ndarray:
 
 
 FORMULAS: dict[str, Callable[[Counts], np.ndarray]] = {
-    "mean_best_iou": lambda c: UNIT * _ratio(c["best_iou"], c["truth"]),
+    "mean_best_iou": lambda c: _ratio(c["best_iou"], c["truth"]) / BILLION,
     "f1_50": lambda c: _f1(c)[:, 0],
     "f1": lambda c: _f1(c).mean(axis=1),
     "precision_50": lambda c: _ratio(c["tp"][:, 0], c["tp"][:, 0] + c["fp"][:, 0]),
     "recall_50": lambda c: _ratio(c["tp"][:, 0], c["truth"]),
-    "mean_matched_iou": lambda c: UNIT * _ratio(c["matched_iou"], c["tp"][:, 0]),
+    "mean_matched_iou": lambda c: _ratio(c["matched_iou"], c["tp"][:, 0]) / BILLION,
     "boxes_per_image": lambda c: _ratio(c["predicted"], c["images"]),
     "count_error": lambda c: _ratio(c["count_error"], c["images"]),
     "parse_failure_rate": lambda c: _ratio(c["parse_failure"], c["images"]),
@@ -111,11 +111,7 @@ def score_rows(
         ConfigError: `labels_asked` is empty.
         DataError: two rows have one id.
     """
-    return score_counts(count_images(rows, labels_asked=labels_asked), resamples=resamples, seed=seed)
-
-
-def score_counts(counts: Counts, *, resamples: int, seed: int) -> dict[str, Figure]:
-    """Make the figures of `score_rows` of what `count_images` counted."""
+    counts = count_images(rows, labels_asked=labels_asked)
     scored = {name: values[counts["error"] == 0] for name, values in counts.items()}
     sums = resample(scored, resamples=resamples, seed=seed)
     figures = {name: make_figure(name, sums) for name in FORMULAS}
@@ -212,7 +208,7 @@ def tally(matching: Matching, truth_group: np.ndarray, predicted_group: np.ndarr
     Input: the group of each true and each predicted box, 0 to `groups` - 1; -1 leaves a box out. A hit counts in the group
     of its true box, a false box in its own.
     Output: `tp`, `fp`, `fn` (groups, 10); `truth` (that are not ignored), `predicted`, `best_iou`, `matched_iou` (groups,),
-    the IoUs in `UNIT`.
+    the IoUs in billionths.
     """
     real = ~np.isnan(matching.best_iou) & (truth_group >= 0)
     group, own = truth_group[real], predicted_group[predicted_group >= 0]
@@ -226,8 +222,8 @@ def tally(matching: Matching, truth_group: np.ndarray, predicted_group: np.ndarr
         "fn": truth[:, None] - tp,
         "truth": truth,
         "predicted": np.bincount(own, minlength=groups).astype(np.float64),
-        "best_iou": np.bincount(group, (matching.best_iou[real] / UNIT).round(), minlength=groups),
-        "matched_iou": np.bincount(group, (matched[real] / UNIT).round(), minlength=groups),
+        "best_iou": np.bincount(group, (matching.best_iou[real] * BILLION).round(), minlength=groups),
+        "matched_iou": np.bincount(group, (matched[real] * BILLION).round(), minlength=groups),
     }
 
 
