@@ -227,7 +227,7 @@ def scripted() -> Iterator[Callable[[list[bytes]], str]]:
         server.server_close()
 
 
-def test_over_a_real_socket(scripted: Callable[[list[bytes]], str]) -> None:
+def test_over_a_real_socket(scripted: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hangs up without a word, hangs up in the middle, sends no HTTP, says that it is busy; then answers."""
     whole = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n"
     url = scripted(
@@ -239,6 +239,8 @@ def test_over_a_real_socket(scripted: Callable[[list[bytes]], str]) -> None:
             whole + b'{"fine": true}',
         ]
     )
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # for other machines than this one
+    monkeypatch.delenv("NO_PROXY", raising=False)
     pauses: list[float] = []
     with Connection(url, timeout=20, retries=5, wait=pauses.append) as connection:
         assert connection.post("/chat/completions", {"n": 1}) == {"fine": True}

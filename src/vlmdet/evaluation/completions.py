@@ -40,14 +40,14 @@ class Choice(msgspec.Struct):
 
 class Usage(msgspec.Struct):
     prompt_tokens: int
-    completion_tokens: int
+    completion_tokens: int = 0
 
 
 class Completion(msgspec.Struct):
     """A chat completion; `prompt_token_ids` are vLLM's, image tokens included."""
 
     choices: Annotated[list[Choice], msgspec.Meta(min_length=1)]
-    usage: Usage
+    usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
 
 

@@ -30,6 +30,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 PATIENCE = 300.0
 """Seconds: a server that asks for a longer pause than this is given up."""
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 KEY_VARIABLE = "OPENAI_API_KEY"
 """The only place that a key is read from; it is sent to the server, and never written or shown."""
 
@@ -106,6 +108,7 @@ class Connection:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(timeout, pool=None),  # waiting for a turn is no fault of the server
             transport=transport,
+            trust_env=httpx2.URL(base).host not in LOOPBACK,  # a proxy of the environment is for other machines
             follow_redirects=False,  # the key is for this server alone
         )
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -41,6 +42,8 @@ from vlmdet.evaluation.connection import KEY_VARIABLE, Connection, RequestFailed
 from vlmdet.grounding import PIXEL_CODECS, View
 from vlmdet.grounding.sizes import plan_view
 from vlmdet.models.answers import Answer, Ask, Engine, RowError
+
+logger = logging.getLogger(__name__)
 
 PROBES = 3
 """As many rows that fail before any has an answer stop the run: then it is not the rows."""
@@ -142,6 +145,8 @@ def _find_model(connection: Connection, model: str) -> str:
     try:
         listed = connection.get("/models", retries=0)  # a person is waiting
     except RequestFailed as failure:
+        if failure.status in (404, 405, 501):  # some do not list them: the first picture shows whether the URL is right
+            return ""
         raise _fatal(connection, failure) from failure
     entries = listed.get("data") if isinstance(listed, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
@@ -227,6 +232,7 @@ class _Server:
     ) -> None:
         self.connection, self.kind, self.fields = connection, kind, fields
         self.contract, self.rendering, self.constrain = contract, rendering, constrain
+        self.said: set[str] = set()
         self.tokenized = rendering is None  # whether /tokenize was asked, where there is something to compare
 
     def answer(self, ask: Ask) -> Answer | RowError:
@@ -332,6 +338,8 @@ class _Server:
             wanted = self.rendering.ids(ask.messages, seen)
             if completion.prompt_token_ids:
                 self._refuse_other_prompt(ask, seen, completion.prompt_token_ids)
+            elif usage is None:
+                self._say_once("the server does not say how many tokens it reads, so the prompt is not compared")
             elif usage.prompt_tokens != len(wanted):
                 raise ContractError(
                     f"{ask.sample.id}: the server reads a prompt of {usage.prompt_tokens} tokens, the model was trained with one "
@@ -356,14 +364,19 @@ class _Server:
             values = [entry.logprob for entry in entries[: len(tokens)]]
         return Answer(
             text=text,
-            prompt_tokens=usage.prompt_tokens,
+            prompt_tokens=usage.prompt_tokens if usage else 0,
             image_tokens=image_tokens,
-            answer_tokens=usage.completion_tokens,
+            answer_tokens=usage.completion_tokens if usage else 0,
             truncated=choice.finish_reason == "length",
             milliseconds=milliseconds,
             tokens=tokens,
             logprobs=tuple(values),
         )
+
+    def _say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            logger.warning("%s: %s", self.connection.base, text)
 
     def _texts(self, choice: Choice, entries: Sequence[Token], text: str) -> tuple[str, ...] | None:
         """Return the texts of an answer's tokens, without the end token; None where they are not its text."""
