@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from html.parser import HTMLParser
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_a_missing_value_is_an_error() -> None:
 def test_a_table_aligns_numbers_and_draws_bars() -> None:
     text = html.table(("name", "count"), [("a", 3), ("b", 1)], numbers=(1,), bars=[1.0, 1 / 3])
     assert text.count('<td class="number">') == 2
-    assert text.count('<th class="number">') == 1
+    assert text.count('<th scope="col" class="number">') == 1
     assert "width: 100.0%" in text
     assert "width: 33.3%" in text
 
@@ -120,3 +121,29 @@ def test_picture_uri_is_a_jpeg() -> None:
     assert head == "data:image/jpeg;base64"
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert (image.format, image.size) == ("JPEG", (8, 6))
+
+
+def test_a_page_allows_the_script_that_it_was_given_and_no_other() -> None:
+    script = 'document.title = "a < b && c";\n'
+    text = html.page("title", parts(HOSTILE), script=script, contents=[("first", "one")])
+    document = Reader(text)
+    assert f"<script>{script}</script>" in text
+    assert document.tags.count("script") == 1
+    policy = next(
+        value or "" for name, value in document.attributes if name == "content" and "default" in (value or "")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"; script-src 'sha256-{digest}'" in policy
+    assert "img-src data:;" in policy
+    assert ("href", "#one") in document.attributes
+    with pytest.raises(ValueError, match="ends it"):
+        html.page("title", [], script="'</script>'")
+
+
+def test_a_table_with_a_caption_names_its_rows() -> None:
+    text = html.table((HOSTILE, "n"), [(HOSTILE, 1)], numbers=(1,), caption=HOSTILE, row_heads=True)
+    document = Reader(text)
+    assert document.tags.count("caption") == 1
+    assert ("aria-label", HOSTILE) in document.attributes
+    assert [value for name, value in document.attributes if name == "scope"] == ["col", "col", "row"]
+    assert "script" not in document.tags

@@ -1,21 +1,23 @@
 """One page template and the few parts that go on it; everything from data is escaped.
 
 When: whenever a command writes a page: `inspect`, the report, the doctor. A page is one file that opens from disk: no
-script, no network, pictures as data URIs, light or dark as the reader's system is, and narrow enough for a phone. Its
-content security policy forbids scripts and requests, so that a hole in a caller's escaping stays harmless.
+network, pictures as data URIs, light or dark as the reader's system is, and narrow enough for a phone. Its content
+security policy forbids requests, and every script but the one that `page` was given, so that a hole in a caller's
+escaping stays harmless.
 """
 
 from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -48,6 +50,12 @@ summary { cursor: pointer; padding: .5rem 0; }
 table { border-collapse: collapse; min-width: min(100%, 30rem); font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; }
+caption { text-align: left; color: var(--faint); font-size: .875rem; padding-bottom: .25rem; }
+a { color: inherit; }
+:focus-visible { outline: 3px solid var(--bar); outline-offset: 2px; }
+nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; margin: .5rem 0; }
+.skip { position: absolute; left: -100vw; }
+.skip:focus { left: .5rem; top: .5rem; padding: .5rem .75rem; background: var(--card); z-index: 1; }
 .number { text-align: right; white-space: nowrap; }
 .bar { width: 40%; min-width: 5rem; }
 .bar i { display: block; height: .8rem; margin-top: .35rem; border-radius: .2rem; background: var(--bar); }
@@ -59,13 +67,21 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
 <title>{{ title }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
-<h1>{{ title }}</h1>
+{% if contents %}<a class="skip" href="#main">Skip to the content</a>{% endif %}
+<header><h1>{{ title }}</h1>
+{% if contents %}
+<nav aria-label="Contents"><ul>
+{%- for name, place in contents %}<li><a href="#{{ place }}">{{ name }}</a></li>{% endfor %}</ul></nav>{% endif %}
+</header>
+<main id="main" tabindex="-1">
 {{ body }}
+</main>
+{% if script %}<script>{{ script }}</script>{% endif %}
 </body>
 </html>
 """
@@ -76,11 +92,15 @@ _FIGURE = """<figure>{% if title %}<h3>{{ title }}</h3>{% endif -%}
 {%- if caption %}<figcaption>{{ caption }}</figcaption>{% endif %}</figure>
 """
 
-_TABLE = """<div class="scroll"><table>
-<thead><tr>{% for name in head %}<th{% if loop.index0 in numbers %} class="number"{% endif %}>{{ name }}</th>{% endfor -%}
-{% if bars %}<th class="bar"></th>{% endif %}</tr></thead>
+_TABLE = """<div class="scroll"
+{%- if caption %} role="region" tabindex="0" aria-label="{{ caption }}"{% endif %}><table>
+{% if caption %}<caption>{{ caption }}</caption>{% endif %}
+<thead><tr>{% for name in head %}<th scope="col"
+{%- if loop.index0 in numbers %} class="number"{% endif %}>{{ name }}</th>{% endfor -%}
+{% if bars %}<td class="bar"></td>{% endif %}</tr></thead>
 <tbody>{% for row in rows %}
-<tr>{% for cell in row %}<td{% if loop.index0 in numbers %} class="number"{% endif %}>{{ cell }}</td>{% endfor -%}
+<tr>{% for cell in row %}{% if loop.first and row_heads %}<th scope="row">{{ cell }}</th>{% else -%}
+<td{% if loop.index0 in numbers %} class="number"{% endif %}>{{ cell }}</td>{% endif %}{% endfor -%}
 {% if bars %}<td class="bar"><i style="width: {{ '%.1f' | format(100 * bars[loop.index0]) }}%"></i></td>{% endif %}</tr>
 {%- endfor %}
 </tbody></table></div>
@@ -97,6 +117,11 @@ def _environment() -> Environment:
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
+@functools.cache
+def _compiled(template: str) -> Template:
+    return _environment().from_string(template)
+
+
 def render(template: str, **values: Any) -> Markup:
     """Fill a Jinja template of ours; every value is escaped, unless it is `Markup` already.
 
@@ -105,17 +130,49 @@ def render(template: str, **values: Any) -> Markup:
     Raises:
         jinja2.UndefinedError: a value is missing.
     """
-    return Markup(_environment().from_string(template).render(**values))
+    return Markup(_compiled(template).render(**values))
 
 
-def page(title: str, body: Iterable[Markup]) -> str:
+def page(
+    title: str,
+    body: Iterable[Markup],
+    *,
+    style: str = "",
+    script: str = "",
+    contents: Sequence[tuple[str, str]] = (),
+    pictures_beside: bool = False,
+) -> str:
     """Return a whole document.
 
     When: once per page, last.
 
-    Input: `title`, any text; `body`, parts made by `render` and the functions below.
+    Input: `title`, any text; `body`, parts made by `render` and the functions below; `style` and `script`, code of ours
+    and never data, laid over the page's style and run at its end; `contents`, names of sections and the ids they have;
+    `pictures_beside`, some pictures are files beside the page.
+    Output: HTML. Its policy allows that one script, by its hash, and no other.
+
+    Raises:
+        ValueError: a `</` in the script or the style would end it early.
     """
-    return str(render(_PAGE, title=title, style=Markup(_STYLE), body=Markup("\n").join(body)))
+    if "</" in script + style:
+        raise ValueError("a script or a style holds '</', which ends it")
+    policy = "default-src 'none'; img-src data:" + (" 'self' file:" if pictures_beside else "")
+    policy += "; style-src 'unsafe-inline'"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+    policy += "; base-uri 'none'; form-action 'none'"
+    return str(
+        render(
+            _PAGE,
+            title=title,
+            style=Markup(_STYLE + style),
+            script=Markup(script),
+            policy=policy,
+            contents=list(contents),
+            body=Markup("\n").join(body),
+        )
+    )
 
 
 def write_page(path: Path, title: str, body: Iterable[Markup]) -> Path:
@@ -125,9 +182,10 @@ def write_page(path: Path, title: str, body: Iterable[Markup]) -> Path:
     return path
 
 
-def section(title: str, *parts: Markup) -> Markup:
-    """Return a heading and what stands under it."""
-    return render("<section><h2>{{ title }}</h2>\n{{ body }}</section>", title=title, body=Markup("\n").join(parts))
+def section(title: str, *parts: Markup, place: str = "") -> Markup:
+    """Return a heading and what stands under it; `place` is the id that a table of contents leads to."""
+    template = '<section{% if place %} id="{{ place }}"{% endif %}><h2>{{ title }}</h2>\n{{ body }}</section>'
+    return render(template, title=title, body=Markup("\n").join(parts), place=place)
 
 
 def paragraph(text: str, *, style: str = "") -> Markup:
@@ -143,12 +201,19 @@ def tiles(values: Iterable[tuple[str, str]]) -> Markup:
 
 
 def table(
-    head: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iterable[int] = (), bars: Sequence[float] = ()
+    head: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    numbers: Iterable[int] = (),
+    bars: Sequence[float] = (),
+    caption: str = "",
+    row_heads: bool = False,
 ) -> Markup:
     """Return a table that scrolls sideways where it is too wide.
 
     Input: n names in `head`, rows of n cells, which may be `Markup`; `numbers`, the columns to align to the right, from
-    0; `bars`, for each row the length of a bar behind it, 0 to 1.
+    0; `bars`, for each row the length of a bar behind it, 0 to 1; `caption`, what the table shows, which also lets a
+    keyboard scroll it; `row_heads`, the first cell of a row names it.
 
     Raises:
         ValueError: a row has more or fewer cells than `head`, or bars differ from rows in number.
@@ -158,7 +223,15 @@ def table(
         raise ValueError(
             f"{len(head)} columns, {len(cells)} rows of {sorted({len(row) for row in cells})}, {len(bars)} bars"
         )
-    return render(_TABLE, head=list(head), rows=cells, numbers=set(numbers), bars=list(bars))
+    return render(
+        _TABLE,
+        head=list(head),
+        rows=cells,
+        numbers=set(numbers),
+        bars=list(bars),
+        caption=caption,
+        row_heads=row_heads,
+    )
 
 
 def folded(title: str, *parts: Markup) -> Markup:
