@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from vlmdet.boxes import Boxes
 from vlmdet.grounding import CODECS, View
-from vlmdet.grounding.grammar import Corner, answer_pattern, first_corner, number_pattern, rest_pattern
+from vlmdet.grounding.grammar import (
+    Corner,
+    answer_pattern,
+    closing_pattern,
+    first_corner,
+    number_pattern,
+    opening_pattern,
+)
 
 VIEW = View(1000, 500, 1036, 504)
 LABELS = [
@@ -117,31 +124,45 @@ def test_what_matches_is_read(codec: str, data: st.DataObject) -> None:
 def test_a_first_corner_by_hand() -> None:
     start = "<|object_ref_start|>cup<|object_ref_end|><|box_start|>(1,23"
     assert first_corner("qwen2_vl", start) is None  # the number may go on
-    assert first_corner("qwen2_vl", start + ")") == Corner(1, 23, ",(")
-    assert first_corner("qwen2_vl", start + "),(") == Corner(1, 23, "")
+    assert first_corner("qwen2_vl", start + "),") is None
+    assert first_corner("qwen2_vl", start + "),(") == Corner(1, 23)
     assert first_corner("qwen2_vl", start + "),(4") is None
-    assert first_corner("qwen3_vl", '[{"bbox_2d": [1, 23,') == Corner(1, 23, " ")
+    assert first_corner("qwen3_vl", '[{"bbox_2d": [1, 23,') == Corner(1, 23)
     assert first_corner("qwen3_vl", '[{"bbox_2d": [1, 23, 4, 5], "label": "[1, 23,') is None
-    assert first_corner("paligemma", "<loc0023><loc0001>") == Corner(1, 23, "")
-    assert first_corner("florence2", "a><loc_1><loc_23>") == Corner(1, 23, "")
+    assert first_corner("paligemma", "<loc0023><loc0001>") == Corner(1, 23)
+    assert first_corner("paligemma", "<loc0023><loc0001><loc0002><loc0002>") is None
+    assert first_corner("florence2", "a><loc_1><loc_23>") == Corner(1, 23)
     assert first_corner("florence2", "a><loc_1><loc_23><loc_4>") is None
-    assert first_corner("internvl", "<ref>cup</ref><box>[[1, 23, ") == Corner(1, 23, "")
+    assert first_corner("internvl", "<ref>cup</ref><box>[[1, 23,") == Corner(1, 23)
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@given(data=st.data())
+@given(data=st.data(), count=st.integers(1, 3))
 @settings(deadline=None, max_examples=25)
-def test_what_follows_a_first_corner_is_in_order(codec: str, data: st.DataObject) -> None:
-    x, y = data.draw(st.integers(0, LIMITS.get(codec, (1000, 1000))[0])), data.draw(st.integers(0, 504))
-    first = (y, x) if codec == "paligemma" else (x, y)
-    whole = ONE[codec].format(*first, *first)
-    corner, start = next(
-        (found, whole[:end]) for end in range(len(whole)) if (found := first_corner(codec, whole[:end])) is not None
-    )
-    assert (corner.x, corner.y) == (x, y)
-    rest = data.draw(st.from_regex(rest_pattern(codec, ["cup", "dog"], VIEW, 1, corner), fullmatch=True))
-    parsed = CODECS[codec].parse(start + rest, VIEW)
-    assert parsed.status == "ok" and len(parsed.boxes) == 1
+def test_piece_by_piece_no_axis_is_reversed(codec: str, data: st.DataObject, count: int) -> None:
+    text = data.draw(st.from_regex(opening_pattern(codec, LABELS, VIEW), fullmatch=True))
+    begun = 0
+    while (corner := first_corner(codec, text)) is not None:
+        begun += 1
+        text += data.draw(
+            st.from_regex(closing_pattern(codec, LABELS, VIEW, corner, last=begun == count), fullmatch=True)
+        )
+    parsed = CODECS[codec].parse(text, VIEW)
+    assert len(parsed.boxes) == begun <= count
+    assert parsed.status == ("ok" if begun else "none")
     assert {problem.kind for problem in parsed.problems} <= {"zero_area"}
-    assert matches(answer_pattern(codec, ["cup", "dog"], VIEW, 1), start + rest)
-    assert matches(rest_pattern(codec, ["cup", "dog"], VIEW, 1, corner), whole[len(start) :])
+    assert matches(answer_pattern(codec, LABELS, VIEW, count), text)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@given(rows=st.lists(st.tuples(corners, st.sampled_from(LABELS)), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=20)
+def test_the_pieces_let_through_what_is_written(codec: str, rows: list[tuple[Any, str]]) -> None:
+    text = CODECS[codec].encode([label for _, label in rows], Boxes(np.array([box for box, _ in rows])), VIEW)
+    ends = [end for end in range(len(text)) if first_corner(codec, text[:end]) is not None]
+    assert len(ends) == len(rows)
+    assert matches(opening_pattern(codec, LABELS, VIEW), text[: ends[0]])
+    for i, (start, end) in enumerate(zip(ends, [*ends[1:], len(text)], strict=True)):
+        corner = first_corner(codec, text[:start])
+        assert corner is not None
+        assert matches(closing_pattern(codec, LABELS, VIEW, corner, last=i + 1 == len(rows)), text[start:end])

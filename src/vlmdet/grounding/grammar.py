@@ -8,8 +8,9 @@ anchors. The whole answer matches, as in `re.fullmatch`.
 
 What a text of this expression can still have is a second corner left of or above the first: a regular expression would have to
 remember two numbers, a state for each of a million corners. Its parser swaps one axis (`axis_swapped`), gives no box for two
-(`both_axes_reversed`), and names a box without area (`zero_area`). `rest_pattern` is what may follow a first corner that is
-known: who decodes token by token goes on with that one, and has none of the first two.
+(`both_axes_reversed`), and names a box without area (`zero_area`). Who decodes token by token knows the first corner when the
+second begins, and goes piece by piece: `opening_pattern` to the first corner of the first box, then for each box
+`closing_pattern`, from its second corner to the first corner of the next box or to the end. So no axis is reversed.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ _SPECIAL = re.compile(r"[\\.^$*+?()\[\]{}|]")
 class _Notation(NamedTuple):
     """How a codec writes boxes: parts of regular expressions.
 
-    A box is `head` up to its first number, the first corner, `between` up to the second corner, that one, and `tail`.
+    A box is `head` up to its first number, the first corner, `between`, which ends it, `gap`, the second corner, and `tail`.
+    `gap` is apart because some tokenizers put a blank and the number after it into one token.
     """
 
     head: str
     first: str
     between: str
+    gap: str
     second: str
     tail: str
     joint: str
@@ -44,18 +47,21 @@ class _Notation(NamedTuple):
 
     @property
     def box(self) -> str:
-        return self.head + self.first + self.between + self.second + self.tail
+        return self.opening + self.gap + self.second + self.tail
+
+    @property
+    def opening(self) -> str:
+        return self.head + self.first + self.between
 
     def more(self, count: int) -> str:
         return f"(?:{self.joint}{self.box}){{0,{count}}}" if count else ""
 
 
 class Corner(NamedTuple):
-    """The first corner of a box that is being written, in numbers of the codec, and what comes before the second one."""
+    """The first corner of a box that is being written, in numbers of the codec."""
 
     x: int
     y: int
-    before_second: str
 
 
 def answer_pattern(codec: str, labels: Sequence[str], view: View, max_boxes: int) -> str:
@@ -77,23 +83,34 @@ def answer_pattern(codec: str, labels: Sequence[str], view: View, max_boxes: int
     return f"(?:{notation.none}|{notation.start}{notation.box}{notation.more(max_boxes - 1)}{notation.end})"
 
 
-def rest_pattern(codec: str, labels: Sequence[str], view: View, max_boxes: int, corner: Corner) -> str:
-    """Return a regular expression of what may follow a first corner, so that the second is neither left of it nor above it.
+def opening_pattern(codec: str, labels: Sequence[str], view: View) -> str:
+    """Return a regular expression of the explicit answer that there is nothing, or of all up to the first corner of a box.
 
-    Input: as `answer_pattern`; `max_boxes` counts the box that has begun; `corner` of `first_corner`.
-    Output: of the text from there to the end of the answer.
+    Input: as `answer_pattern`.
+    Output: e.g. `(?:none|<\\|object_ref_start\\|>(?:cup)<\\|object_ref_end\\|><\\|box_start\\|>\\(…,…\\),\\()`.
+    """
+    notation = _notation(codec, labels, view)
+    return f"(?:{notation.none}|{notation.start}{notation.opening})"
+
+
+def closing_pattern(codec: str, labels: Sequence[str], view: View, corner: Corner, *, last: bool) -> str:
+    """Return a regular expression from the second corner of a box to the first corner of the next, or to the end of the answer.
+
+    Input: as `answer_pattern`; the first `corner` of the box, which the second is neither left of nor above; `last`, whether
+    no other box may follow.
+    Output: of what follows a text that `first_corner` knows.
     """
     notation = _notation(codec, labels, view)
     second = _notation(codec, labels, view, low=corner).second
-    more = notation.more(max_boxes - 1)
-    return f"{_literal(corner.before_second)}{second}{notation.tail}{more}{notation.end}"
+    after = notation.end if last else f"(?:{notation.joint}{notation.opening}|{notation.end})"
+    return f"{notation.gap}{second}{notation.tail}{after}"
 
 
 def first_corner(codec: str, text: str) -> Corner | None:
-    """Return the first corner of a box where a text ends just behind it; else None.
+    """Return the first corner of a box where a text ends with it; else None.
 
-    Input: an answer that keeps to `answer_pattern` so far, e.g. `…<|box_start|>(12,34)`.
-    Output: e.g. `Corner(12, 34, ",(")`. Takes the same time whatever the length.
+    Input: an answer that keeps to `answer_pattern` so far, e.g. `…<|box_start|>(12,34),(`.
+    Output: e.g. `Corner(12, 34)`. Takes the same time whatever the length.
     """
     tail = text[-80:]
     if codec in (paligemma.NAME, florence2.NAME):
@@ -101,11 +118,9 @@ def first_corner(codec: str, text: str) -> Corner | None:
         numbers = [int(digits) for digits in re.findall("[0-9]+", run[0])] if run else []
         if len(numbers) != 2:
             return None
-        first, second = numbers
-        return Corner(second, first, "") if codec == paligemma.NAME else Corner(first, second, "")
-    pattern, between = _FIRST_CORNERS[codec]
-    match = re.search(pattern, tail)
-    return Corner(int(match[1]), int(match[2]), between[len(match[3]) :]) if match else None
+        return Corner(*reversed(numbers)) if codec == paligemma.NAME else Corner(*numbers)
+    match = re.search(_FIRST_CORNERS[codec], tail)
+    return Corner(int(match[1]), int(match[2])) if match else None
 
 
 def number_pattern(low: int, high: int, *, width: int = 0) -> str:
@@ -152,14 +167,13 @@ def _literal(text: str) -> str:
 
 
 _FIRST_CORNERS = {
-    qwen2_vl.NAME: (r"<\|box_start\|>\(([0-9]+),([0-9]+)(\),\(|\),|\))\Z", "),("),
-    internvl.NAME: (r"<box>\[\[([0-9]+), ([0-9]+)(, |,)\Z", ", "),
-    **{
-        name: (rf'\{{"{key}": \[([0-9]+), ([0-9]+)(, |,)\Z', ", ")
-        for name, key in ((qwen2_5_vl.NAME, "bbox_2d"), (qwen3_vl.NAME, "bbox_2d"), (plain_json.NAME, "bbox"))
-    },
+    qwen2_vl.NAME: r"<\|box_start\|>\(([0-9]+),([0-9]+)\),\(\Z",
+    internvl.NAME: r"<box>\[\[([0-9]+), ([0-9]+),\Z",
+    qwen2_5_vl.NAME: r'\{"bbox_2d": \[([0-9]+), ([0-9]+),\Z',
+    qwen3_vl.NAME: r'\{"bbox_2d": \[([0-9]+), ([0-9]+),\Z',
+    plain_json.NAME: r'\{"bbox": \[([0-9]+), ([0-9]+),\Z',
 }
-"""Of the codecs that separate numbers: a box up to its second number and some of what follows it, and all that follows it."""
+"""Of the codecs that write numbers as digits."""
 
 
 def _notation(codec: str, labels: Sequence[str], view: View, *, low: Corner | None = None) -> _Notation:
@@ -180,21 +194,21 @@ def _notation(codec: str, labels: Sequence[str], view: View, *, low: Corner | No
     if codec == qwen2_vl.NAME:
         x1, y1, x2, y2 = corners(qwen2_vl.GRID, qwen2_vl.GRID)
         head = rf"<\|object_ref_start\|>{names(escape_label)}<\|object_ref_end\|><\|box_start\|>\("
-        return _Notation(head, f"{x1},{y1}", r"\),\(", f"{x2},{y2}", r"\)<\|box_end\|>", "", "", "", NONE_ANSWER)
+        return _Notation(head, f"{x1},{y1}", r"\),\(", "", f"{x2},{y2}", r"\)<\|box_end\|>", "", "", "", NONE_ANSWER)
     if codec == internvl.NAME:
         x1, y1, x2, y2 = corners(internvl.GRID, internvl.GRID)
         head = rf"<ref>{names(guard_label)}</ref><box>\[\["
-        return _Notation(head, f"{x1}, {y1}", ", ", f"{x2}, {y2}", r"\]\]</box>", "", "", "", NONE_ANSWER)
+        return _Notation(head, f"{x1}, {y1}", ",", " ", f"{x2}, {y2}", r"\]\]</box>", "", "", "", NONE_ANSWER)
     if codec == paligemma.NAME:
         x1, y1, x2, y2 = corners(paligemma.GRID, paligemma.GRID, width=4)
         first, second = f"<loc{y1}><loc{x1}>", f"<loc{y2}><loc{x2}>"
-        return _Notation("", first, "", second, f" {names(guard_label)}", " ; ", "", "", NONE_ANSWER)
+        return _Notation("", first, "", "", second, f" {names(guard_label)}", " ; ", "", "", NONE_ANSWER)
     if codec == florence2.NAME:
         x1, y1, x2, y2 = corners(florence2.BINS - 1, florence2.BINS - 1)
         first, second = f"<loc_{x1}><loc_{y1}>", f"<loc_{x2}><loc_{y2}>"
-        return _Notation(names(guard_label), first, "", second, "", "", "", "", NONE_ANSWER)
+        return _Notation(names(guard_label), first, "", "", second, "", "", "", "", NONE_ANSWER)
     limits = (view.resized_width, view.resized_height) if codec == qwen2_5_vl.NAME else (qwen3_vl.GRID, qwen3_vl.GRID)
     x1, y1, x2, y2 = corners(*limits)
     head = rf'\{{"{"bbox" if codec == plain_json.NAME else "bbox_2d"}": \['
     tail = rf'\], "label": {names(write_label)}\}}'
-    return _Notation(head, f"{x1}, {y1}", ", ", f"{x2}, {y2}", tail, ", ", r"\[", r"\]", r"\[\]")
+    return _Notation(head, f"{x1}, {y1}", ",", " ", f"{x2}, {y2}", tail, ", ", r"\[", r"\]", r"\[\]")
