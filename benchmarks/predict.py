@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--model", default="tiny")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -15,11 +15,13 @@ that is small. `benchmarks/predict.py` measures it; `tests/models/test_decoding.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
 
 LOOPED = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
 """Model types for which this loop is tested against `generate`; every other one goes through that."""
@@ -123,13 +125,71 @@ def decode(
         logits = head(hidden[:, -1])
 
 
-def _prefill(
-    core: Any, batch: dict[str, Any], positions: torch.Tensor
-) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with room behind them: a step writes its token there, and copies nothing that is there."""
+
+    ROOM = 64
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._room is None or self._room[0].shape[-2] < end:
+            self._room = (
+                self._more(self.keys, key_states, start, end),
+                self._more(self.values, value_states, start, end),
+            )
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self._room)
+        return self.keys, self.values
+
+    def _more(self, old: torch.Tensor, new: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        room = new.new_empty((*new.shape[:-2], end + self.ROOM, new.shape[-1]))
+        if start:
+            room[..., :start, :] = old
+        return room
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._room = None
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._room = None
+
+
+@contextmanager
+def _linear_patches(visual: Any) -> Iterator[None]:
+    """Embed patches by a matrix product while this lasts: a convolution whose stride is its kernel is one, only slower."""
+    conv = visual.patch_embed.proj
+    if type(conv) is not nn.Conv3d or conv.kernel_size != conv.stride or any(conv.padding):
+        yield
+        return
+
+    def forward(patches: torch.Tensor) -> torch.Tensor:
+        rows = nn.functional.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
+        return rows[:, :, None, None, None]
+
+    conv.forward = forward
+    try:
+        yield
+    finally:
+        del conv.forward
+
+
+def _prefill(core: Any, batch: dict[str, Any], positions: torch.Tensor) -> tuple[Cache, torch.Tensor, torch.Tensor]:
     """Run the prompts; returns their keys and values, the logits behind them (n, vocabulary), and the mask (n, columns)."""
     vision = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
     shared = _shared(batch)
-    cache = DynamicCache(config=core.config)
+    cache = Cache(layers=[_RoomyLayer() for _ in core.model.language_model.layers])
     if shared:
         batch, positions = _move_padding(batch, positions, shared)
         core.model.language_model(
@@ -139,16 +199,17 @@ def _prefill(
             use_cache=True,
         )
         cache.batch_repeat_interleave(len(batch["input_ids"]))
-    output = core(
-        input_ids=batch["input_ids"][:, shared:],
-        attention_mask=batch["attention_mask"],
-        mm_token_type_ids=batch["mm_token_type_ids"][:, shared:],
-        position_ids=positions[..., shared:],
-        cache=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        **vision,
-    )
+    with _linear_patches(core.model.visual):
+        output = core(
+            input_ids=batch["input_ids"][:, shared:],
+            attention_mask=batch["attention_mask"],
+            mm_token_type_ids=batch["mm_token_type_ids"][:, shared:],
+            position_ids=positions[..., shared:],
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **vision,
+        )
     return cache, output.logits[:, -1], batch["attention_mask"]
 
 
