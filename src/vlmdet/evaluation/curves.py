@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmdet.evaluation.match import Matching, take_pairs
+from vlmdet.evaluation.match import Matching, choose_pairs, order_pairs
 from vlmdet.evaluation.metrics import BILLION, FORMULAS, add_up, make_figure
 from vlmdet.evaluation.mistakes import FOUND_IOU, NEAR_IOU
 from vlmdet.evaluation.table import Table
@@ -74,29 +74,37 @@ def score_curve(
     steps = np.unique(scores)
     if len(steps) > CURVE_POINTS:
         steps = np.unique(np.quantile(scores, np.linspace(0, 1, CURVE_POINTS), method="nearest"))
-    counts = [_count_above(table, matching, score) for score in steps.tolist()]
+    candidates = _candidates(table, matching)
+    counts = [_count_above(table, matching, candidates, score) for score in steps.tolist()]
     sums = {name: np.asarray([count[name].sum(axis=0) for count in counts]) for name in counts[0]}
     curve = {name: _plain(FORMULAS[f"{name}_50"](sums)) for name in ("precision", "recall", "f1")}
     if threshold is None:
         best = int(np.argmax([value or 0.0 for value in curve["f1"]]))
         threshold, chosen_on, count = float(steps[best]), "this split", counts[best]
     else:
-        chosen_on, count = "given", _count_above(table, matching, threshold)
+        chosen_on, count = "given", _count_above(table, matching, candidates, threshold)
     added = add_up(count, drawn)
     figures = {name: make_figure(f"{name}_50", added, n=len(drawn)) for name in curve}
     return {"score": steps.tolist(), **curve, "best": {"score": threshold, "chosen_on": chosen_on, **figures}}
 
 
-def _count_above(table: Table, matching: Matching, score: float) -> dict[str, np.ndarray]:
+def _candidates(table: Table, matching: Matching) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs that may be hits at IoU .5, in the order in which they are taken: rows true and predicted."""
+    rows, columns, iou = matching.overlaps
+    may = (table.truth.label[rows] == table.predicted.label[columns]) & (iou >= FOUND_IOU)
+    order = order_pairs(rows, columns, iou, may, truth=table.truth, predicted=table.predicted)
+    return rows[order], columns[order]
+
+
+def _count_above(
+    table: Table, matching: Matching, candidates: tuple[np.ndarray, np.ndarray], score: float
+) -> dict[str, np.ndarray]:
     """Count at IoU .5, image by image, what predictions of a score or above find: (n, 1) for tp, fp, fn; (n,) truth."""
     n = len(table.rows)
     assert table.scores is not None
     kept = table.scores >= score
-    rows, columns, iou = matching.overlaps
-    same = table.truth.label[rows] == table.predicted.label[columns]
-    chosen = take_pairs(
-        rows, columns, iou, same & (iou >= FOUND_IOU) & kept[columns], truth=table.truth, predicted=table.predicted
-    )
+    rows, columns = (side[kept[candidates[1]]] for side in candidates)
+    chosen = choose_pairs(rows, columns)
     false = kept & (matching.ignored_share < FOUND_IOU)
     false[columns[chosen]] = False
     tp = np.bincount(table.truth.image[rows[chosen]], minlength=n).astype(np.float64)

@@ -155,18 +155,34 @@ def take_pairs(
     Input: (k,) rows of true boxes, rows of predicted ones, their IoU, and which of these pairs may be taken.
     Output: (p,) int64, places of the chosen pairs in the input, by falling IoU.
     """
-    open_pairs = np.flatnonzero(allowed)
-    keys = _ranks(predicted.xyxy)[columns[open_pairs]], _ranks(truth.xyxy)[rows[open_pairs]], -iou[open_pairs]
-    order = open_pairs[np.lexsort(keys)]
-    chosen: list[int] = []
+    order = order_pairs(rows, columns, iou, allowed, truth=truth, predicted=predicted)
+    return order[choose_pairs(rows[order], columns[order])]
+
+
+def order_pairs(
+    rows: np.ndarray, columns: np.ndarray, iou: np.ndarray, allowed: np.ndarray, *, truth: Side, predicted: Side
+) -> np.ndarray:
+    """Return the places of the allowed pairs by falling IoU, equal ones by the coordinates of their boxes."""
+    may = np.flatnonzero(allowed)
+    keys = _ranks(predicted.xyxy)[columns[may]], _ranks(truth.xyxy)[rows[may]], -iou[may]
+    return may[np.lexsort(keys)]
+
+
+def choose_pairs(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Take each pair, in the order given, whose two boxes are both free still; returns their places, rising."""
+    alone = (np.bincount(rows)[rows] == 1) & (np.bincount(columns)[columns] == 1)  # most: nobody else wants either box
+    contested = np.flatnonzero(~alone)
+    taken = alone.copy()
     taken_rows: set[int] = set()
     taken_columns: set[int] = set()
-    for place, row, column in zip(order.tolist(), rows[order].tolist(), columns[order].tolist(), strict=True):
+    for place, row, column in zip(
+        contested.tolist(), rows[contested].tolist(), columns[contested].tolist(), strict=True
+    ):
         if row not in taken_rows and column not in taken_columns:
             taken_rows.add(row)
             taken_columns.add(column)
-            chosen.append(place)
-    return np.asarray(chosen, dtype=np.int64)
+            taken[place] = True
+    return np.flatnonzero(taken)
 
 
 def count_duplicates(boxes: Boxes, labels: Sequence[str | None]) -> int:
