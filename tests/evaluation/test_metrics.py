@@ -25,38 +25,6 @@ def values(rows, asked=("cup",), **settings):
     return {name: figure["value"] for name, figure in score_rows(rows, labels_asked=asked, **settings).items()}
 
 
-def random_rows(make_row, n=24, seed=0):
-    """Rows with everything in them: several classes, misses, false boxes, ignored, empty, failed and truncated."""
-    rng = np.random.default_rng(seed)
-
-    def some(count):
-        corner, size = rng.uniform(0, 0.6, (count, 2)), rng.uniform(0.1, 0.4, (count, 2))
-        return np.concatenate([corner, corner + size], axis=1)
-
-    rows = []
-    for i in range(n):
-        truth = some(rng.integers(0, 4))
-        boxes = np.concatenate(
-            [(truth + rng.normal(0, 0.03, truth.shape))[rng.random(len(truth)) < 0.8], some(rng.integers(0, 2))]
-        )
-        boxes = np.concatenate([boxes, boxes[:1]]) if i % 5 == 0 else boxes
-        failed = i % 7 == 3
-        kept = [] if failed else boxes.tolist()
-        rows.append(
-            make_row(
-                f"{i:03}",
-                truth=truth.tolist(),
-                truth_labels=[str(label) for label in rng.choice(["cup", "dog"], len(truth), p=[0.8, 0.2])],
-                ignore=[bool(flag) for flag in rng.random(len(truth)) < 0.2],
-                boxes=kept,
-                labels=[[None, "cup", "dog", "cat"][k] for k in rng.choice(4, len(kept), p=[0.1, 0.7, 0.1, 0.1])],
-                status="parse_failure" if failed else "ok" if kept else "none",
-                truncated=bool(i % 6 == 1),
-            )
-        )
-    return rows
-
-
 def test_the_names_are_exactly_these(make_row):
     figures = score_rows([make_row(truth=[LEFT], boxes=[LEFT])], labels_asked=["cup"])
     assert list(figures) == NAMES
@@ -246,8 +214,8 @@ def test_no_resamples_no_interval(make_row):
     assert figure == {"value": 1.0, "low": None, "high": None, "n": 1}
 
 
-def test_resamples_draw_whole_images(make_row, monkeypatch):
-    rows = random_rows(make_row, n=9)
+def test_resamples_draw_whole_images(random_rows, monkeypatch):
+    rows = random_rows(n=9)
     counts = count_images(rows, labels_asked=["cup", "dog"])
     sums = resample(counts, resamples=50, seed=3)
     assert set(sums["images"]) == {9.0}  # each resample draws as many images as there are
@@ -291,8 +259,8 @@ def test_per_image(make_row):
     assert third == {"id": "c", "status": "error"} | dict.fromkeys(list(first)[2:])
 
 
-def test_per_image_adds_up_to_the_figures(make_row):
-    rows = random_rows(make_row)
+def test_per_image_adds_up_to_the_figures(random_rows):
+    rows = random_rows()
     images = per_image(rows, labels_asked=["cup", "dog"])
     tp, fp, fn = (sum(image[name] for image in images) for name in ("tp", "fp", "fn"))
     assert tp > 5
@@ -314,8 +282,8 @@ def test_labels_must_be_a_list(make_row, asked):
         per_image([make_row()], labels_asked=asked)
 
 
-def test_the_order_of_rows_and_boxes_changes_nothing(make_row):
-    rows = random_rows(make_row)
+def test_the_order_of_rows_and_boxes_changes_nothing(random_rows):
+    rows = random_rows()
     rng = np.random.default_rng(5)
     shuffled = [copy.deepcopy(rows[i]) for i in rng.permutation(len(rows))]
     for row in shuffled:
@@ -331,8 +299,8 @@ def test_the_order_of_rows_and_boxes_changes_nothing(make_row):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_mirrored_pictures_have_the_same_figures(make_row, axis):
-    rows = random_rows(make_row)
+def test_mirrored_pictures_have_the_same_figures(random_rows, axis):
+    rows = random_rows()
     mirrored = copy.deepcopy(rows)
     for row in mirrored:
         for side in (row, row["truth"]):
@@ -346,14 +314,14 @@ def test_mirrored_pictures_have_the_same_figures(make_row, axis):
     assert values(mirrored, ("cup", "dog"), resamples=0)["f1_50"] < before["f1_50"] - 0.1
 
 
-def test_every_image_twice_has_the_same_values(make_row):
-    rows = random_rows(make_row)
+def test_every_image_twice_has_the_same_values(random_rows):
+    rows = random_rows()
     twice = rows + [{**row, "id": f"{row['id']} again"} for row in rows]
     assert values(twice, ("cup", "dog"), resamples=0) == pytest.approx(values(rows, ("cup", "dog"), resamples=0))
 
 
-def test_the_seed_alone_decides_the_interval(make_row):
-    rows = random_rows(make_row)
+def test_the_seed_alone_decides_the_interval(random_rows):
+    rows = random_rows()
     one, same, other = (score_rows(rows, labels_asked=["cup"], resamples=200, seed=seed)["f1"] for seed in (1, 1, 2))
     assert one == same
     assert one["value"] == other["value"]
