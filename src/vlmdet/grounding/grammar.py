@@ -162,7 +162,8 @@ def _between(low: str, high: str) -> list[str]:
     return below + middle + above
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """Return a regular expression of one text: `re.escape` for the characters that every dialect knows as special."""
     return _SPECIAL.sub(r"\\\g<0>", text)
 
 
@@ -181,7 +182,7 @@ def _notation(codec: str, labels: Sequence[str], view: View, *, low: Corner | No
     least_x, least_y = (low.x, low.y) if low else (0, 0)
 
     def names(write: Callable[[str], str]) -> str:
-        return f"(?:{'|'.join(dict.fromkeys(_literal(write(label)) for label in labels))})"
+        return f"(?:{'|'.join(dict.fromkeys(literal(write(label)) for label in labels))})"
 
     def corners(limit_x: int, limit_y: int, *, width: int = 0) -> tuple[str, str, str, str]:
         return (
