@@ -1,4 +1,4 @@
-"""Constrained decoding: whatever the logits say, an answer parses and keeps to the labels; what is allowed is the model's choice."""
+"""Constrained decoding: whatever the logits say, an answer parses and keeps to the labels; the rest is the model's choice."""
 
 from __future__ import annotations
 
