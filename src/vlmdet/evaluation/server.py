@@ -12,7 +12,7 @@ What makes the answers comparable with those of a model in this process:
     answer    greedy; control tokens are kept where the server can keep them (vLLM, SGLang); the codec's parser reads both.
 
     server               control tokens   token probabilities   constrained   prompt compared by
-    vLLM 0.32            yes              yes                   yes           ids of every request, and /tokenize
+    vLLM 0.32            yes              yes                   yes           ids of every answer, and /tokenize
     SGLang               yes              yes                   yes           number (not run here: written from its documents)
     transformers serve   by its version   no                    no            number
     any other            as it likes      where it has them     no            number
