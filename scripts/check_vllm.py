@@ -198,7 +198,7 @@ def version(url: str) -> str:
 
 
 class Recorder(httpx2.HTTPTransport):
-    """Carries requests, and keeps what went to and fro; of a picture only a hash of its pixels."""
+    """Carries requests, and keeps what was said; of a picture only a hash of its pixels."""
 
     def __init__(self) -> None:
         super().__init__()
