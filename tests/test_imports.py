@@ -39,7 +39,6 @@ HEAVY_WITHIN = (
     "vlmdet.data.collators",
     "vlmdet.data.collators_other",
     "vlmdet.evaluation.evaluate",
-    "vlmdet.evaluation.predict",
     "vlmdet.evaluation.rendering",
 )
 """The exceptions: they run a model, or prepare its input."""

@@ -47,6 +47,8 @@ def _whole(settings: Settings) -> Iterator[Rule]:
     yield "name", settings.name, good_name, "it becomes a folder: use letters, digits, '.', '_' and '-'"
     split = settings.evaluation.split
     yield "evaluation.split", split, bool(split.strip()), "name a split, such as test"
+    share = settings.evaluation.max_errors
+    yield "evaluation.max_errors", share, 0 <= share <= 1, "give a share from 0 to 1"
     for chance in dataclasses.fields(settings.augment):
         value = getattr(settings.augment, chance.name)
         yield f"augment.{chance.name}", value, 0 <= value <= 1, "give a probability from 0 (off) to 1"
@@ -169,6 +171,7 @@ def _numbers(settings: Settings) -> Iterator[Rule]:
         ("training", "eval_rows", 1), ("training", "sample_rows", 0), ("training", "loader_workers", 0),
         ("training", "save_every", 0),
         ("evaluation", "batch_size", 1), ("evaluation", "max_new_tokens", 1), ("evaluation", "resamples", 1),
+        ("evaluation", "consistency_samples", 1),
     ):  # fmt: skip
         number = getattr(getattr(settings, stage), key)
         yield f"{stage}.{key}", number, number >= least, f"give at least {least}"

@@ -256,6 +256,19 @@ class EvaluationSettings:
     max_new_tokens: int = 256
     """An answer is cut here, and counted as truncated. One box takes 20 to 30 tokens."""
 
+    scores: Literal["token_probability", "first_token", "consistency", "none"] = "token_probability"
+    """Where a box's score comes from: its own tokens, the token that begins it, or how often drawn answers have it too, which
+    takes as many times longer. Without scores there is no AP and no curve; boxes are the same."""
+
+    consistency_samples: int = 5
+    """Answers that are drawn for `scores=consistency`. More make finer scores, and cost as much each."""
+
+    constrain: bool = False
+    """Write nothing but the notation and the labels, so that every answer parses. The plain answer is what a user gets."""
+
+    max_errors: float = 0.05
+    """Share of pictures that may fail (broken, or the model fails on them) before the evaluation does; they are not scored."""
+
     resamples: int = 1000
     """Bootstrap resamples behind each interval. Fewer is faster, and the interval's ends shake."""
 

@@ -162,7 +162,7 @@ def test_predict_asks_a_base_in_the_notation_of_its_family(
 ) -> None:
     used = []
 
-    def predict(engine: Any, samples: Any, *, contract: Contract) -> list[dict[str, Any]]:
+    def predict(engine: Any, samples: Any, *, contract: Contract, **more: Any) -> list[dict[str, Any]]:
         used.append(contract.codec)
         return [{"id": samples[0].id, "boxes": [], "labels": []}]
 

@@ -13,85 +13,242 @@ from typing import Any
 from vlmdet.cli.common import (
     add_json,
     add_verb,
+    given,
     make_say,
+    say_nothing,
 )
 from vlmdet.errors import ConfigError
+
+SCORES = ("token_probability", "first_token", "consistency", "none")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say who answers, and how; each of them is a setting of `evaluation` or of the server."""
+    parser.add_argument("--engine", choices=("hf", "openai"), default="hf", help="a model here, or one behind a server")
+    parser.add_argument("--url", help="of an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
+    parser.add_argument("--served-name", metavar="MODEL", help="the name under which the server has the model")
+    parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default: 8)")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="seconds of one request (default: 120)"
+    )
+    parser.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that fails (default: 5)")
+    parser.add_argument(
+        "--constrain", action="store_true", default=None, help="write nothing but the notation and the labels"
+    )
+    parser.add_argument("--scores", choices=SCORES, help="where a box's score comes from (default: token_probability)")
+    parser.add_argument("--samples", type=int, metavar="K", help="answers that are drawn for --scores consistency")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures at once")
+    parser.add_argument("--max-errors", type=float, metavar="SHARE", help="of pictures that may fail (default: 0.05)")
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """Turn the flags of the engine into dotted settings."""
+    flags = given(args, "constrain", "scores", "samples", "batch_size", "max_errors")
+    names = {"samples": "consistency_samples"}
+    return [f"evaluation.{names.get(key, key)}={json.dumps(value)}" for key, value in flags.items()]
+
+
+def _server(args: argparse.Namespace, processor: Any, contract: Any, evaluation: Any) -> Any:
+    """Make the engine of a server from the flags."""
+    if not args.url or not args.served_name:
+        raise ConfigError(
+            "--engine openai needs --url and --served-name", "e.g. --url http://127.0.0.1:8000 --served-name m"
+        )
+    if evaluation.scores == "consistency":
+        raise ConfigError("--scores consistency is not there for a server", "use --scores token_probability, or none")
+
+    from vlmdet.evaluation.rendering import Rendering
+    from vlmdet.evaluation.scores import TOKEN_SOURCES
+    from vlmdet.evaluation.server import openai_engine
+    from vlmdet.grounding.grammar import answer_pattern
+    from vlmdet.models.answers import MAX_BOXES
+
+    return openai_engine(
+        args.url,
+        args.served_name,
+        contract=contract,
+        rendering=Rendering(processor, contract),
+        max_new_tokens=evaluation.max_new_tokens,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        retries=args.retries,
+        logprobs=evaluation.scores in TOKEN_SOURCES,
+        constrain=(lambda view: answer_pattern(contract.codec, contract.labels, view, MAX_BOXES))
+        if evaluation.constrain
+        else None,
+    )
 
 
 def add_eval(verbs: Any) -> None:
     """Describe `vlmdet eval`."""
     evaluation = add_verb(
         verbs, "eval", _eval, "score a run on a split, and its untuned base with --base",
-        ["vlmdet eval runs/demo --base", "vlmdet eval runs/demo --split val", "vlmdet eval runs/demo --json"],
+        [
+            "vlmdet eval runs/demo --base",
+            "vlmdet eval runs/demo --split val --json",
+            "vlmdet eval --from runs/demo/001/eval/test/tuned/predictions.jsonl --out scored/",
+        ],
     )  # fmt: skip
-    evaluation.add_argument("run_name", metavar="RUN", help="runs/NAME, runs/NAME/NNN, or what vlmdet merge wrote")
+    evaluation.add_argument(
+        "run_name", metavar="RUN", nargs="?", help="runs/NAME, runs/NAME/NNN, or what vlmdet merge wrote"
+    )
     evaluation.add_argument("--split", default=None, help="default: the run's evaluation.split")
-    evaluation.add_argument("--base", action="store_true", help="score the untuned base too, under the same contract")
+    evaluation.add_argument(
+        "--base", action="store_true", help="score the untuned base too, under the same contract and in its own words"
+    )
     evaluation.add_argument("--limit", type=int, help="score this many pictures only")
+    evaluation.add_argument("--new", action="store_true", help="predict again what is there already")
+    evaluation.add_argument(
+        "--from", dest="stored", type=Path, metavar="FILE", help="score stored predictions again; no model is loaded"
+    )
+    evaluation.add_argument("--out", type=Path, metavar="FOLDER", help="with --from (default: the folder of FILE)")
+    evaluation.add_argument("--classes", action="append", metavar="NAME", help="with --from, where no contract lies by")
+    add_engine(evaluation)
     add_json(evaluation)
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from dataclasses import asdict, replace
+    if (args.run_name is None) == (args.stored is None):
+        raise ConfigError("eval needs a RUN, or --from FILE, and not both", "e.g. vlmdet eval runs/demo --base")
+    if args.stored is not None:
+        _score_stored(args)
+        return
 
     from vlmdet.runs import need_run
 
     folder = Path(args.run_name)
     if not (folder / "merge.json").is_file():  # merged weights bring settings and contract like a run
         folder = need_run(args.run_name)
+    if args.engine == "openai" and args.base:
+        raise ConfigError("--base with --engine openai: the server has one model", "score the base with --engine hf")
 
     from vlmdet.config import load_settings
     from vlmdet.contract import Contract
     from vlmdet.data.select import check_places, write_problems
     from vlmdet.errors import DataError, did_you_mean
-    from vlmdet.evaluation.compare import paired_difference
-    from vlmdet.evaluation.evaluate import evaluate, format_comparison, format_difference
-    from vlmdet.evaluation.files import read_predictions
-    from vlmdet.models.loader import load
-    from vlmdet.training.callbacks import draw_rows
-    from vlmdet.training.prepare import read_data
 
-    say = make_say(args)
-    settings = load_settings(folder / "config.yaml")
+    settings = load_settings(folder / "config.yaml", _overrides(args))
     contract = Contract.read(folder)
+
+    from vlmdet.training.prepare import read_data
+    from vlmdet.training.processes import gather, is_main, join, leave, world_size
+
+    say = make_say(args) if is_main() else say_nothing
     dataset = read_data(settings, say)
     split = args.split or settings.evaluation.split
     if split not in dataset.splits:
         raise DataError(f"{settings.data.source}: there is no split '{split}'", did_you_mean(split, dataset.splits))
     samples, misplaced = check_places(list(dataset.splits[split])[: args.limit])
-    if misplaced:
+    if misplaced and is_main():
         where = write_problems(folder / "eval" / split / "problems.jsonl", misplaced)
         say(f"{len(misplaced)} pictures are not scored, since their boxes would lie elsewhere: {where}")
     if not samples:
         raise DataError(f"{settings.data.source}: no picture of the split '{split}' is left to score")
-    names = {"base": contract.base_model, "tuned": str(folder)} if args.base else {"tuned": str(folder)}
-    figures, rows = {}, {}
-    for which, model in names.items():
-        loaded = load(model, min_pixels=contract.min_pixels, max_pixels=contract.max_pixels)
-        place = folder / "eval" / split / which
-        figures[which] = evaluate(
-            loaded,
+    if world_size() > 1:
+        import torch
+
+        join(cpu=not torch.cuda.is_available())
+    figures = _predict_all(args, folder, settings, contract, samples, split, gather if world_size() > 1 else None)
+    if is_main():
+        _tell_all(args, folder / "eval" / split, contract, samples, figures, say)
+    leave()
+
+
+def _predict_all(
+    args: argparse.Namespace, folder: Path, settings: Any, contract: Any, samples: Any, split: str, gather: Any
+) -> dict[str, Any]:
+    """Predict and score base, base in its own words, and tuned model, or what a server has."""
+    from dataclasses import asdict, replace
+
+    from vlmdet.evaluation.evaluate import evaluate, evaluate_engine
+    from vlmdet.evaluation.native import native_contract
+    from vlmdet.models.families import codec_of
+    from vlmdet.models.loader import load, load_processor
+
+    place = folder / "eval" / split
+    common = asdict(replace(settings.evaluation, split=split))
+    limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
+    if args.engine == "openai":
+        merged = (folder / "merge.json").is_file()
+        processor = load_processor(str(folder if merged else (folder / "checkpoints" / "best").resolve()), **limits)
+        engine = _server(args, processor, contract, settings.evaluation)
+        meta = {"name": "openai", "split": split, "engine": "openai", "url": args.url, "served_name": args.served_name}
+        del common["split"], common["batch_size"]
+        found = evaluate_engine(
+            engine,
             samples,
             contract=contract,
-            folder=place,
-            name=which,
-            **asdict(replace(settings.evaluation, split=split)),
+            folder=place / "openai",
+            meta=meta,
+            new=args.new,
+            gather=gather,
+            **common,
         )
-        rows[which] = read_predictions(place / "predictions.jsonl")
-        draw_rows(samples[:12], rows[which], columns=4).save(place.with_suffix(".png"))
-    say(f"split {split}, {len(samples)} pictures, 95 % intervals")
-    say(format_comparison(figures, list(names)))
-    result: dict[str, Any] = dict(figures)
+        return {"openai": found}
+    figures = {}
+    common |= {"contract": contract, "new": args.new, "gather": gather}
     if args.base:
-        result["difference"] = {
-            metric: paired_difference(rows["base"], rows["tuned"], metric=metric, labels_asked=contract.labels)
+        base = load(contract.base_model, **limits)
+        figures["base"] = evaluate(base, samples, folder=place / "base", name="base", **common)
+        own = native_contract(contract, codec_of(base.model))
+        figures["base_native"] = evaluate(
+            base, samples, folder=place / "base_native", name="base_native", native=own, **common
+        )
+        del base
+    figures["tuned"] = evaluate(load(str(folder), **limits), samples, folder=place / "tuned", name="tuned", **common)
+    return figures
+
+
+def _tell_all(
+    args: argparse.Namespace, place: Path, contract: Any, samples: Any, figures: dict[str, Any], say: Any
+) -> None:
+    """Draw the first pictures, compare, and print."""
+    from vlmdet.evaluation.compare import paired_difference
+    from vlmdet.evaluation.files import read_predictions
+    from vlmdet.evaluation.scoring import format_comparison, format_difference
+    from vlmdet.training.callbacks import draw_rows
+
+    rows = {which: read_predictions(place / which / "predictions.jsonl") for which in figures}
+    for which in figures:
+        draw_rows(samples[:12], rows[which], columns=4).save(place / f"{which}.png")
+    say(f"split {place.name}, {len(samples)} pictures, 95 % intervals")
+    say(format_comparison(figures, list(figures)))
+    result: dict[str, Any] = dict(figures)
+    for other, key in (("base", "difference"), ("base_native", "difference_to_native")):
+        if other not in figures:
+            continue
+        result[key] = {
+            metric: paired_difference(rows[other], rows["tuned"], metric=metric, labels_asked=contract.labels)
             for metric in ("mean_best_iou", "f1_50")
         }
-        for metric, change in result["difference"].items():
-            say(format_difference(metric, change))
-    say(f"predictions and pictures: {folder / 'eval' / split}")
+        for metric, change in result[key].items():
+            say(format_difference(metric, change, names=f"tuned - {other}"))
+    say(f"predictions and pictures: {place}")
     if args.json:
         print(json.dumps(result))
+
+
+def _score_stored(args: argparse.Namespace) -> None:
+    """Score a file of predictions again; needs no torch."""
+    from vlmdet.contract import FILE_NAME, Contract
+    from vlmdet.evaluation.files import read_predictions
+    from vlmdet.evaluation.scoring import format_comparison, score_and_write
+
+    file: Path = args.stored
+    rows = read_predictions(file)
+    contract = Contract.read(file.parent) if (file.parent / FILE_NAME).is_file() else None
+    labels = tuple(args.classes or (contract.labels if contract else ()))
+    if not labels:
+        raise ConfigError(f"{file}: no {FILE_NAME} lies beside it", "name what was asked for with --classes")
+    folder = args.out or file.parent
+    meta = {"name": folder.name, "scored_from": str(file)}
+    results = score_and_write(rows, folder, labels_asked=labels, contract=contract, meta=meta)
+    say = make_say(args)
+    say(f"{len(rows)} stored rows, 95 % intervals")
+    say(format_comparison({folder.name: results["figures"]}, [folder.name]))
+    say(f"figures: {folder / 'results.json'}")
+    if args.json:
+        print(json.dumps(results["figures"]))
 
 
 def add_predict(verbs: Any) -> None:
@@ -110,6 +267,7 @@ def add_predict(verbs: Any) -> None:
     predict.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the drawn pictures")
     predict.add_argument("--min-pixels", type=int, help="for a base other than tiny")
     predict.add_argument("--max-pixels", type=int, help="for a base other than tiny")
+    add_engine(predict)
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -118,8 +276,11 @@ def _predict(args: argparse.Namespace) -> None:
     sizes = [open_image(path).size for path in args.images]
 
     from vlmdet.boxes import Boxes
+    from vlmdet.config import load_settings
     from vlmdet.contract import refuse_mismatch
+    from vlmdet.evaluation.evaluate import scorer
     from vlmdet.evaluation.predict import predict
+    from vlmdet.evaluation.scores import TOKEN_SOURCES
     from vlmdet.models.inference import MAX_NEW_TOKENS, hf_engine
     from vlmdet.models.loader import load, make_contract
     from vlmdet.records import Sample
@@ -143,7 +304,27 @@ def _predict(args: argparse.Namespace) -> None:
         Sample(str(path), path, width, height, Boxes.empty(), (), source=str(path))
         for path, (width, height) in zip(args.images, sizes, strict=True)
     ]
-    rows = predict(hf_engine(loaded, contract=contract), samples, contract=contract)
+    evaluation = load_settings(None, _overrides(args)).evaluation
+    if args.engine == "openai":
+        engine = _server(args, loaded.processor, contract, evaluation)
+    else:
+        engine = hf_engine(
+            loaded,
+            contract=contract,
+            batch_size=evaluation.batch_size,
+            max_new_tokens=evaluation.max_new_tokens,
+            logprobs=evaluation.scores in TOKEN_SOURCES,
+            constrain=evaluation.constrain,
+            samples=evaluation.consistency_samples if evaluation.scores == "consistency" else 0,
+        )
+    rows = predict(
+        engine,
+        samples,
+        contract=contract,
+        max_errors=evaluation.max_errors,
+        score=scorer(evaluation.scores, contract),
+        score_source=evaluation.scores,
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     taken: set[Path] = set()
     for row, path in zip(rows, args.images, strict=True):

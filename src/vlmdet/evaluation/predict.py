@@ -20,7 +20,7 @@ from vlmdet.data.dataset import messages_of
 from vlmdet.errors import DataError, VlmdetError
 from vlmdet.evaluation.files import write_predictions
 from vlmdet.evaluation.parts import Part, finish, header_of, read_finished, read_parts
-from vlmdet.grounding import get_codec
+from vlmdet.grounding import Parsed, View, get_codec
 from vlmdet.grounding.sizes import plan_view
 from vlmdet.models.answers import Answer, Ask, Engine, RowError
 from vlmdet.records import Sample
@@ -41,8 +41,9 @@ def predict(
     path: Path | None = None,
     made_with: Mapping[str, Any] | None = None,
     max_errors: float = MAX_ERROR_SHARE,
-    score: Callable[[Any, Answer], list[float]] | None = None,
+    score: Callable[[Parsed, Answer, View], list[float]] | None = None,
     score_source: str | None = None,
+    map_label: Callable[[str | None], str | None] | None = None,
     gather: Gather | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
@@ -53,8 +54,9 @@ def predict(
     Input: an engine; the `contract` that says what is asked for, at which pixel limits, and by which codec answers are read;
     `path` of `predictions.jsonl`, None to store nothing; `made_with`, what else the rows depend on (weights, decoding; JSON
     values): rows on disk are used only where contract, samples and this are equal; `max_errors`, the share of rows that may
-    be errors; `score`, from what was parsed and the answer to a score per box, whose kind is `score_source`; `gather`, where
-    several processes run this: each asks about its share, and all get all rows; `progress(done, all)`, after each row.
+    be errors; `score`, from what was parsed, the answer and its view to a score per box, whose kind is `score_source`;
+    `map_label`, from an answer's label to the one that it means; `gather`, where several processes run this: each asks about
+    its share, and all get all rows; `progress(done, all)`, after each row.
     Output: rows of `predictions.jsonl` (architecture, "Data model") in the order of `samples`; boxes are xyxy fractions of
     the upright picture. A picture that cannot be opened, is too long and narrow for the model, or on which the engine fails,
     gives a row with `status` "error" and its reason, without boxes: it is left out of the scores, and counted.
@@ -78,7 +80,17 @@ def predict(
     failure: VlmdetError | None = None
     part = Part(path, header, rank) if path is not None else None
     try:
-        for i, row in _ask(engine, samples, todo, contract, score, score_source):
+        for i, sample, answer, parsed, view in _ask(engine, samples, todo, contract):
+            if isinstance(answer, RowError):
+                row = _row(sample, status="error", error=answer.reason)
+            else:
+                row = _row(sample, answer=answer, status=parsed.status) | {
+                    "boxes": parsed.boxes.tolist(),
+                    "labels": [map_label(label) for label in parsed.labels] if map_label else parsed.labels,
+                    "problems": [{"kind": kind, "detail": detail} for kind, detail in parsed.problems],
+                    "scores": score(parsed, answer, view) if score is not None else None,
+                    "score_source": score_source if score is not None else None,
+                }
             rows[i] = row
             if part is not None:
                 part.add(i, row)
@@ -122,14 +134,9 @@ def refuse_errors(rows: Sequence[Mapping[str, Any]], share: float) -> None:
 
 
 def _ask(
-    engine: Engine,
-    samples: Sequence[Sample],
-    todo: Sequence[int],
-    contract: Contract,
-    score: Callable[[Any, Answer], list[float]] | None,
-    score_source: str | None,
-) -> Iterator[tuple[int, Row]]:
-    """Ask about the samples `todo`, and read each answer."""
+    engine: Engine, samples: Sequence[Sample], todo: Sequence[int], contract: Contract
+) -> Iterator[tuple[int, Sample, Answer | RowError, Any, Any]]:
+    """Ask about the samples `todo`; gives each with its answer, and what was parsed under which view where there is one."""
     limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels, "factor": contract.size_factor}
     messages = messages_of(contract.system_prompt, contract.user_prompt)
     codec = get_codec(contract.codec)
@@ -138,30 +145,22 @@ def _ask(
         try:  # refuses a strip 200 times as long as wide
             view = plan_view(samples[i].width, samples[i].height, **limits)
         except DataError as error:
-            yield i, _row(samples[i], status="error", error=str(error))
+            yield i, samples[i], RowError(str(error)), None, None
             continue
         asks[i] = Ask(i, samples[i], messages, view)
     if not asks:
         return
     for i, answer in engine(list(asks.values())):
         ask = asks.pop(i)
-        if isinstance(answer, RowError):
-            yield i, _row(ask.sample, status="error", error=answer.reason)
-            continue
-        parsed = codec.parse(answer.text, ask.view)
-        yield (
-            i,
-            _row(ask.sample, answer=answer, status=parsed.status)
-            | {
-                "boxes": parsed.boxes.tolist(),
-                "labels": parsed.labels,
-                "problems": [{"kind": kind, "detail": detail} for kind, detail in parsed.problems],
-                "scores": score(parsed, answer) if score is not None else None,
-                "score_source": score_source if score is not None else None,
-            },
-        )
+        parsed = None if isinstance(answer, RowError) else codec.parse(answer.text, ask.view)
+        yield i, ask.sample, answer, parsed, ask.view
     if asks:
         raise RuntimeError(f"the engine gave no answer about {len(asks)} of the pictures")
+
+
+def truth_row(sample: Sample) -> Row:
+    """Make a row of a sample that nobody was asked about: its truth, and no box."""
+    return _row(sample, status="none")
 
 
 def _row(sample: Sample, *, answer: Answer | None = None, status: str, error: str | None = None) -> Row:

@@ -13,6 +13,9 @@ from typing import Any
 from vlmdet.grounding.codec import View
 from vlmdet.records import Sample
 
+MAX_BOXES = 100
+"""At most so many in a constrained answer; COCO counts no more of a picture either."""
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -44,6 +47,7 @@ class Answer:
         milliseconds: wall time of the batch, divided by its rows; of a server, of the request.
         tokens: the texts of the answer's tokens, without the end token; together they are `text`. Empty when not asked for.
         logprobs: natural logarithm of each token's probability, as many as `tokens`.
+        samples: texts of further answers to the same question, drawn by chance. Empty when not asked for.
     """
 
     text: str
@@ -54,6 +58,7 @@ class Answer:
     milliseconds: float
     tokens: tuple[str, ...] = ()
     logprobs: tuple[float, ...] = ()
+    samples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 LOOPED = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
 """Model types for which this loop is tested against `generate`; every other one goes through that."""
 
-Choose = Callable[[torch.Tensor, list[int], list[list[int]]], torch.Tensor]
+Choose = Callable[[torch.Tensor, Sequence[int], Sequence[Sequence[int]]], torch.Tensor]
 """From logits (rows, vocabulary) float32, the rows' numbers in the batch, and their ids so far, to logits."""
 
 

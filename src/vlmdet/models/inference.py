@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import LogitsProcessor
 
 from vlmdet.contract import Contract
 from vlmdet.data.collators import collate_prompts
@@ -21,8 +23,8 @@ from vlmdet.data.dataset import build_messages
 from vlmdet.errors import DataError
 from vlmdet.grounding import PIXEL_CODECS, View, get_codec
 from vlmdet.grounding.sizes import plan_view
-from vlmdet.models.answers import Answer, Ask, Engine, RowError, token_texts
-from vlmdet.models.decoding import Decoded, can_loop, decode
+from vlmdet.models.answers import MAX_BOXES, Answer, Ask, Engine, RowError, token_texts
+from vlmdet.models.decoding import Choose, Decoded, can_loop, decode
 from vlmdet.models.loader import Loaded
 from vlmdet.models.processors import is_other_family
 
@@ -37,19 +39,36 @@ def hf_engine(
     batch_size: int = 32,
     max_new_tokens: int = MAX_NEW_TOKENS,
     logprobs: bool = False,
+    constrain: bool = False,
+    samples: int = 0,
+    seed: int = 0,
     plain: bool = False,
 ) -> Engine:
     """Make an engine that asks a model in this process.
 
     When: once per prediction.
 
-    Input: a loaded model; the `contract` with the pixel limits; `batch_size`, pictures at once; `max_new_tokens` per answer.
-    Output: an engine; a row whose picture cannot be opened gives a `RowError`.
-    """
-    limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
+    Input: a loaded model; the `contract` with the pixel limits; `batch_size`, pictures at once; `max_new_tokens` per answer;
+    `logprobs`, give the probability of each token; `constrain`, write nothing but the codec's notation and the contract's labels;
+    `samples`, further answers to each question, drawn by chance under `seed`; `plain`, see `generate_answers`.
+    Output: an engine. Pictures of like size are asked about together. A batch on which the model fails, out of memory above all,
+    is asked picture by picture; a picture that fails alone, or cannot be opened, gives a `RowError`.
 
-    collate = collate_other_prompts if is_other_family(loaded.processor) else collate_prompts
+    Raises:
+        ValueError: `constrain`, and the contract has no labels.
+    """
+    model, processor = loaded.model, loaded.processor
+    limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
+    collate = collate_other_prompts if is_other_family(processor) else collate_prompts
     lock = Lock()  # a tokenizer must not be used by two threads at once
+    constraint: Any = None
+    if constrain:
+        from vlmdet.models.constrain import Constraint  # its library is heavy, and most runs do without
+
+        ends = _end_tokens(model, processor)
+        constraint = Constraint(
+            processor.tokenizer, codec=contract.codec, labels=contract.labels, max_boxes=MAX_BOXES, ends=ends
+        )
 
     def prepare(asks: Sequence[Ask]) -> tuple[list[Ask], Any, list[tuple[int, RowError]]]:
         ready, images, failed = [], [], []
@@ -61,21 +80,32 @@ def hf_engine(
                 ready.append(ask)
                 images.append(image)
         with lock:
-            batch = collate(loaded.processor, [ask.messages for ask in ready], images, **limits) if ready else None
+            batch = collate(processor, [ask.messages for ask in ready], images, **limits) if ready else None
         return ready, batch, failed
 
+    def write(asks: Sequence[Ask], batch: Any, drawn: int | None) -> tuple[list[Decoded], float]:
+        """Decode a batch: the likeliest answers, or those of the draw with a number."""
+        steps: list[Choose] = [constraint.start([ask.view for ask in asks])] if constraint is not None else []
+        if drawn is not None:
+            steps.append(_draw(seed + 7919 * drawn + asks[0].index))
+        choose = (lambda logits, rows, ids: _all(steps, logits, rows, ids)) if steps else None
+        known = logprobs and drawn is None
+        return _run(model, processor, batch, max_new_tokens, logprobs=known, plain=plain, choose=choose)
+
     def answer(asks: Sequence[Ask], batch: Any) -> Iterator[tuple[int, Answer | RowError]]:
-        """Answer a batch; where it fails, each of its pictures alone, so that one cannot take the others with it."""
         try:
-            decoded, spent = _run(loaded.model, loaded.processor, batch, max_new_tokens, logprobs=logprobs, plain=plain)
-        except RuntimeError as error:  # of torch: out of memory, above all
+            decoded, spent = write(asks, batch, None)
+            drawn = [write(asks, batch, number)[0] for number in range(samples)]
+        except RuntimeError as error:  # torch's, of whatever kind: the reason goes into the row
             if len(asks) == 1:
                 yield asks[0].index, RowError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 return
         else:
             with lock:
-                answers = _word(loaded.processor, batch, decoded, spent, logprobs=logprobs)
-            yield from zip([ask.index for ask in asks], answers, strict=True)
+                answers = _word(processor, batch, decoded, spent, logprobs=logprobs)
+                texts = [[_text(processor, row) for row in rows] for rows in drawn]
+            for place, ask in enumerate(asks):
+                yield ask.index, replace(answers[place], samples=tuple(rows[place] for rows in texts))
             return
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -98,6 +128,25 @@ def hf_engine(
                     yield from answer(ready, batch)
 
     return engine
+
+
+def _all(
+    steps: Sequence[Choose], logits: torch.Tensor, rows: Sequence[int], ids: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    for step in steps:
+        logits = step(logits, rows, ids)
+    return logits
+
+
+def _draw(seed: int) -> Choose:
+    """Return what makes the highest logit a draw from the model's own distribution: noise after Gumbel on each of them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: torch.Tensor, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        chance = torch.rand(logits.shape, generator=generator).clamp(min=1e-20)
+        return logits - (-chance.log()).clamp(min=1e-20).log().to(logits.device)
+
+    return choose
 
 
 def _open_picture(ask: Ask, contract: Contract) -> Image.Image | RowError:
@@ -144,7 +193,14 @@ def generate_answers(
 
 @torch.inference_mode()
 def _run(
-    model: Any, processor: Any, batch: Any, max_new_tokens: int, *, logprobs: bool, plain: bool
+    model: Any,
+    processor: Any,
+    batch: Any,
+    max_new_tokens: int,
+    *,
+    logprobs: bool,
+    plain: bool,
+    choose: Choose | None = None,
 ) -> tuple[list[Decoded], float]:
     """Decode a batch of prompts; returns the rows, and the milliseconds that each took."""
     batch = batch.to(model.device)
@@ -155,9 +211,9 @@ def _run(
     ends = _end_tokens(model, processor)
     try:
         if plain or not can_loop(model):
-            decoded = _generate(model, processor, batch, ends, max_new_tokens, logprobs=logprobs)
+            decoded = _generate(model, processor, batch, ends, max_new_tokens, logprobs=logprobs, choose=choose)
         else:
-            decoded = decode(model, batch, ends=ends, max_new_tokens=max_new_tokens, logprobs=logprobs)
+            decoded = decode(model, batch, ends=ends, max_new_tokens=max_new_tokens, logprobs=logprobs, choose=choose)
     finally:
         model.train(was_training)
     return decoded, (time.perf_counter() - started) * 1000 / len(decoded)
@@ -167,10 +223,10 @@ def _word(processor: Any, batch: Any, decoded: Sequence[Decoded], spent: float, 
     """Turn ids into texts."""
     answers = []
     for row, mask, ids in zip(decoded, batch["attention_mask"], batch["input_ids"], strict=True):
-        kept = row.ids[:-1] if row.ended else row.ids
+        kept = _kept(row)
         answers.append(
             Answer(
-                text=processor.tokenizer.decode(kept, skip_special_tokens=False),
+                text=_text(processor, row),
                 prompt_tokens=int(mask.sum()),
                 image_tokens=int((ids == processor.image_token_id).sum()),
                 answer_tokens=len(row.ids),
@@ -183,10 +239,28 @@ def _word(processor: Any, batch: Any, decoded: Sequence[Decoded], spent: float, 
     return answers
 
 
+def _kept(row: Decoded) -> list[int]:
+    return row.ids[:-1] if row.ended else row.ids
+
+
+def _text(processor: Any, row: Decoded) -> str:
+    text: str = processor.tokenizer.decode(_kept(row), skip_special_tokens=False)
+    return text
+
+
 def _generate(
-    model: Any, processor: Any, batch: Any, ends: Sequence[int], max_new_tokens: int, *, logprobs: bool
+    model: Any,
+    processor: Any,
+    batch: Any,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    *,
+    logprobs: bool,
+    choose: Choose | None = None,
 ) -> list[Decoded]:
     """Decode with transformers' own `generate`."""
+    # an encoder-decoder gives back what the decoder wrote, after its start token
+    prompt = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
     # temperature and its like are None, or a checkpoint's sampling settings would be warned about on every call; Florence-2's
     # own settings (three beams, no three tokens twice) are for captions: a name of three tokens could be written only once
     output = model.generate(
@@ -203,9 +277,8 @@ def _generate(
         pad_token_id=processor.tokenizer.pad_token_id,
         return_dict_in_generate=True,
         output_logits=logprobs,
+        logits_processor=[_Chooser(choose, prompt, ends)] if choose is not None else None,
     )
-    # an encoder-decoder gives back what the decoder wrote, after its start token
-    prompt = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
     written = output.sequences[:, prompt:]
     chances: list[list[float]] = [[] for _ in written]
     if logprobs:
@@ -219,6 +292,20 @@ def _generate(
         count = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         decoded.append(Decoded(row[:count], known[:count], count > 0 and row[count - 1] in ends))
     return decoded
+
+
+class _Chooser(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
+    """Let `choose` change the logits of `generate`, of the rows that have not ended."""
+
+    def __init__(self, choose: Choose, prompt: int, ends: Sequence[int]) -> None:
+        self.choose, self.prompt, self.ends = choose, prompt, set(ends)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        written = input_ids[:, self.prompt :].tolist()
+        rows = [i for i, ids in enumerate(written) if self.ends.isdisjoint(ids)]
+        changed = scores.clone()
+        changed[rows] = self.choose(scores[rows], rows, [written[i] for i in rows]).to(scores.dtype)
+        return changed
 
 
 def _end_tokens(model: Any, processor: Any) -> list[int]:

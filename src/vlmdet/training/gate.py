@@ -230,14 +230,14 @@ def _longest(batches: Sequence[Any]) -> int:
 def _generate(
     model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], contract: Contract, *, longest: int
 ) -> list[GateRow]:
-    limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
     with as_the_run(model):
         answers = generate_answers(
             model,
             processor,
             [build_messages(contract.labels, codec=contract.codec)] * len(rows),
             [row["image"] for row in rows],
-            **limits,
+            min_pixels=contract.min_pixels,
+            max_pixels=contract.max_pixels,
             max_new_tokens=longest + 8,
         )
     return [judge_answer(row, answer.text, contract) for row, answer in zip(rows, answers, strict=True)]
