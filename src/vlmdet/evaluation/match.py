@@ -94,7 +94,7 @@ def match_sides(truth: Side, predicted: Side, *, ignored: np.ndarray) -> Matchin
 
     ignored_share, ignored_by = np.zeros(len(predicted)), np.full(len(predicted), -1)
     on = np.flatnonzero(same & ~real)
-    on = on[np.lexsort((_ranks(truth.xyxy)[rows[on]], -share[on], columns[on]))]
+    on = on[np.lexsort((rank_boxes(truth)[rows[on]], -share[on], columns[on]))]
     covered, first = np.unique(columns[on], return_index=True)
     ignored_share[covered] = share[on[first]]
     ignored_by[covered] = rows[on[first]]
@@ -162,9 +162,9 @@ def take_pairs(
 def order_pairs(
     rows: np.ndarray, columns: np.ndarray, iou: np.ndarray, allowed: np.ndarray, *, truth: Side, predicted: Side
 ) -> np.ndarray:
-    """Return the places of the allowed pairs by falling IoU, equal ones by the coordinates of their boxes."""
+    """Return the places of the allowed pairs by falling IoU, equal ones by the coordinates and labels of their boxes."""
     may = np.flatnonzero(allowed)
-    keys = _ranks(predicted.xyxy)[columns[may]], _ranks(truth.xyxy)[rows[may]], -iou[may]
+    keys = rank_boxes(predicted)[columns[may]], rank_boxes(truth)[rows[may]], -iou[may]
     return may[np.lexsort(keys)]
 
 
@@ -263,8 +263,8 @@ def _blocks(left: Side, right: Side) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         start = stop
 
 
-def _ranks(xyxy: np.ndarray) -> np.ndarray:
-    """Return each box's place (k,) in the order of coordinates; equal boxes are interchangeable, so theirs is free."""
-    ranks = np.empty(len(xyxy), dtype=np.int64)
-    ranks[np.lexsort(xyxy.T[::-1])] = np.arange(len(xyxy))
+def rank_boxes(side: Side) -> np.ndarray:
+    """Return each box's place (k,) in the order of coordinates, then labels; boxes equal in both are interchangeable."""
+    ranks = np.empty(len(side), dtype=np.int64)
+    ranks[np.lexsort((side.label, *side.xyxy.T[::-1]))] = np.arange(len(side))
     return ranks

@@ -16,7 +16,8 @@ localisation mistake that would find it once mended, one to one; else it is `mis
 
 The cost of a kind is what F1@0.5 gains when mistakes of this kind alone are mended: labels and boxes are put right (those
 with no true box left to find are taken away), `both`, `duplicate` and `background` are taken away, missed boxes are found.
-TIDE takes missed boxes out of the truth instead, which AP needs and F1 does not.
+TIDE takes missed boxes out of the truth instead, which AP needs and F1 does not. Without a true box there is no F1 to gain, and
+no cost.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmdet.evaluation.match import Matching, take_pairs
+from vlmdet.evaluation.match import Matching, rank_boxes, take_pairs
 from vlmdet.evaluation.metrics import FORMULAS, Counts, add_up, interval
 from vlmdet.evaluation.table import Table
 
@@ -68,8 +69,9 @@ def explain(table: Table, matching: Matching) -> Explanation:
     rows, columns, iou = matching.overlaps
     same = table.truth.label[rows] == table.predicted.label[columns]
     m = len(table.predicted)
-    own_iou, own_truth = _most(rows[same], columns[same], iou[same], m)
-    other_iou, other_truth = _most(rows[~same], columns[~same], iou[~same], m)
+    rank = rank_boxes(table.truth)
+    own_iou, own_truth = _most(rows[same], columns[same], iou[same], rank, m)
+    other_iou, other_truth = _most(rows[~same], columns[~same], iou[~same], rank, m)
 
     hit = matching.predicted_iou >= FOUND_IOU
     tests = {  # the first that holds
@@ -104,10 +106,12 @@ def explain(table: Table, matching: Matching) -> Explanation:
     return Explanation(kind, truth, best, found, prediction, mended)
 
 
-def _most(rows: np.ndarray, columns: np.ndarray, iou: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
+def _most(
+    rows: np.ndarray, columns: np.ndarray, iou: np.ndarray, rank: np.ndarray, m: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return, per prediction, its highest IoU and the true box that it is with: (m,) and (m,), 0 and -1 without one."""
     highest, truth = np.zeros(m), np.full(m, -1)
-    order = np.lexsort((-iou, columns))
+    order = np.lexsort((rank[rows], -iou, columns))
     named, first = np.unique(columns[order], return_index=True)
     highest[named], truth[named] = iou[order[first]], rows[order[first]]
     return highest, truth
