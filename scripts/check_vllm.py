@@ -259,6 +259,7 @@ def record_exchanges(url: str, folder: Path, loaded: Loaded) -> None:
     )
     run(constrained, asks)
     run(openai_engine(url, NAME, max_new_tokens=6, **common), asks[:1])  # cut
+    run(openai_engine(url, NAME, max_new_tokens=MAX_NEW_TOKENS, samples=3, seed=1, **common), asks[:1])
     refused = openai_engine(url, NAME, max_new_tokens=5000, **common)  # more than the context
     list(refused(asks[:1]))
     connection = Connection(url + "/v1", timeout=60, retries=0, transport=recorder)

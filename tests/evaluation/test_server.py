@@ -425,6 +425,27 @@ def test_a_server_without_probabilities_stops_the_run(tmp_path: Path) -> None:
         list(engine_of(Fake(), logprobs=True)(make(tmp_path, 3)))
 
 
+def test_further_answers_are_drawn_in_a_request_of_their_own(tmp_path: Path) -> None:
+    def say(number: int, body: dict[str, Any]) -> Any:
+        if body["temperature"] == 0:
+            return completion("likely", **listed("likely"))
+        said = completion("")
+        return said | {
+            "choices": [{"message": {"content": f"drawn {i}"}, "finish_reason": "stop"} for i in range(body["n"])]
+        }
+
+    fake = Fake(say, owner="vllm")
+    ((_, result),) = engine_of(fake, samples=3, seed=5)(make(tmp_path, 1))
+    assert (result.text, result.samples) == ("likely", ("drawn 0", "drawn 1", "drawn 2"))
+    greedy, drawn = fake.bodies
+    changed = {key: value for key, value in drawn.items() if greedy.get(key) != value}
+    assert changed == {"temperature": 1, "top_p": 1, "top_k": 0, "n": 3, "seed": 5}
+
+    lazy = Fake(lambda number, body: completion("one"))  # knows no n
+    with pytest.raises(ConfigError, match="draws 1 answers where 3 were asked for"):
+        list(engine_of(lazy, samples=3)(make(tmp_path, 1)))
+
+
 # ---- the prompt -----------------------------------------------------------------------------------------------------
 
 
@@ -479,7 +500,7 @@ def test_ids_are_compared_where_the_server_shows_them(tmp_path: Path) -> None:
 
 
 def test_tokenize_is_asked_once_and_before_anything_is_generated(tmp_path: Path) -> None:
-    fake = Fake(lambda number, body: completion("none", prompt=9), owner="vllm")
+    fake = Fake(lambda number, body: completion("none", prompt=9))
     handle = fake.handle
     sent: list[dict[str, Any]] = []
     tokens = [1, 2, 3, 9, 9, 9, 9, 9, 9]
@@ -500,6 +521,18 @@ def test_tokenize_is_asked_once_and_before_anything_is_generated(tmp_path: Path)
     with pytest.raises(ContractError, match="10 tokens instead of 9, and token 9 begins '<4>' instead of ''"):
         list(engine_of(fake, rendering=Ids())(make(tmp_path, 5)))
     assert fake.bodies == []
+    tokens[:] = [1, 2, 3, 9]  # a server that leaves a picture as one token there; the number is compared all the same
+    assert len(list(engine_of(fake, rendering=Ids())(make(tmp_path, 5)))) == 5
+    tokens[:] = []  # one that wants another request
+    assert len(list(engine_of(fake, rendering=Ids())(make(tmp_path, 5)))) == 5
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 500])
+def test_a_server_without_tokenize_is_held_to_the_number(tmp_path: Path, status: int) -> None:
+    fake = Fake(lambda number, body: completion("none", prompt=9))
+    handle = fake.handle
+    fake.handler = lambda request: httpx2.Response(status) if request.url.path == "/tokenize" else handle(request)
+    assert len(list(engine_of(fake, rendering=Ids())(make(tmp_path, 3)))) == 3
 
 
 def test_token_ids_of_an_answer_are_decoded_here(tmp_path: Path) -> None:

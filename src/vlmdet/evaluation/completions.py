@@ -62,12 +62,12 @@ def read_completion(said: Any) -> Completion:
     if isinstance(said, dict) and said.get("error"):  # some servers say 200 and then this
         raise ValueError(f"an error: {str(said['error'])[:200]}")
     completion = msgspec.convert(said, Completion)  # its ValidationError is a ValueError
-    choice = completion.choices[0]
-    if choice.finish_reason not in ("stop", "length"):
-        raise ValueError(f"a broken-off answer: finish_reason is {str(choice.finish_reason)[:40]!r}")
-    for entry in (choice.logprobs.content or ()) if choice.logprobs else ():
-        if not math.isfinite(entry.logprob):
-            raise ValueError(f"the probability {entry.logprob} of {entry.token[:40]!r}")
+    for choice in completion.choices:
+        if choice.finish_reason not in ("stop", "length"):
+            raise ValueError(f"a broken-off answer: finish_reason is {str(choice.finish_reason)[:40]!r}")
+        for entry in (choice.logprobs.content or ()) if choice.logprobs else ():
+            if not math.isfinite(entry.logprob):
+                raise ValueError(f"the probability {entry.logprob} of {entry.token[:40]!r}")
     return completion
 
 

@@ -131,14 +131,14 @@ class Connection:
         """
         return self._request("GET", self.base + path, None, self.retries if retries is None else retries)
 
-    def post(self, path: str, body: dict[str, Any], *, at_root: bool = False) -> Any:
+    def post(self, path: str, body: dict[str, Any], *, at_root: bool = False, retries: int | None = None) -> Any:
         """Send JSON to a path under the base, or beside `/v1`, and return the JSON that comes back.
 
         Raises:
             RequestFailed: there is no usable answer.
         """
         base = self.base.removesuffix("/v1") if at_root else self.base
-        return self._request("POST", base + path, body, self.retries)
+        return self._request("POST", base + path, body, self.retries if retries is None else retries)
 
     def _request(self, method: str, url: str, body: Any, retries: int) -> Any:
         attempt = 1
