@@ -8,8 +8,9 @@ import json
 import pytest
 
 from vlmdet.errors import DataError
-from vlmdet.evaluation.files import read_predictions, write_predictions, write_results
-from vlmdet.evaluation.metrics import per_image, score_rows
+from vlmdet.evaluation.files import read_predictions, write_evaluation, write_predictions
+from vlmdet.evaluation.metrics import per_image
+from vlmdet.evaluation.results import list_matches, summarise
 
 LEFT = [0.0, 0.0, 0.4, 1.0]
 
@@ -87,6 +88,8 @@ def test_a_line_that_is_no_row(tmp_path, make_row, line, what):
         ({"labels": ["cup"]}, "'labels'"),
         ({"boxes": [LEFT], "labels": [3]}, "'labels'"),
         ({"scores": [0.5]}, "'scores'"),
+        ({"boxes": [LEFT], "labels": ["cup"], "scores": ["0.5"]}, "'scores'"),
+        ({"boxes": [LEFT], "labels": ["cup"], "scores": [True]}, "'scores'"),
         ({"truth": {"boxes": [], "labels": []}}, "'truth'"),
         ({"truth": {"boxes": [[1]], "labels": ["cup"], "ignore": [False]}}, "'truth.boxes'"),
         ({"truth": {"boxes": [LEFT], "labels": [None], "ignore": [False]}}, "'truth.labels'"),
@@ -123,14 +126,26 @@ def test_no_file(tmp_path):
         read_predictions(tmp_path)
 
 
-def test_results(tmp_path, make_row):
-    rows = [make_row("a,1", truth=[LEFT], boxes=[LEFT]), make_row('b"2', truth=[LEFT])]
-    figures = score_rows(rows, labels_asked=["cup"])
-    meta = {"split": "val", "max_pixels": 50176, "labels": ["cup"], "dtype": None}
-    write_results(tmp_path / "val" / "base", figures, meta, images=per_image(rows, labels_asked=["cup"]))
-    folder = tmp_path / "val" / "base"
+def write_all(folder, rows, meta, asked=("cup",)):
+    results = summarise(rows, labels_asked=asked, resamples=100, meta=meta)
+    images, matches = per_image(rows, labels_asked=asked), list_matches(rows, labels_asked=asked)
+    write_evaluation(folder, results, images=images, matches=matches)
+    return results
 
-    assert json.loads((folder / "results.json").read_text()) == {"meta": meta, "figures": figures}
+
+def test_an_evaluation(tmp_path, make_row):
+    rows = [make_row("a,1", truth=[LEFT], boxes=[LEFT]), make_row('b"2', truth=[LEFT])]
+    meta = {"split": "val", "max_pixels": 50176, "labels": ["cup"], "dtype": None}
+    folder = tmp_path / "val" / "base"
+    results = write_all(folder, rows, meta)
+    names = ["matches.jsonl", "per_class.csv", "per_image.csv", "results.csv", "results.json"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+
+    assert json.loads((folder / "results.json").read_text()) == results
+    figures = results["figures"]
+    assert (folder / "results.json").read_text().count('\n    "') == sum(
+        len(part) for part in results.values() if isinstance(part, dict)
+    )  # one line an entry
 
     with (folder / "results.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
@@ -149,9 +164,35 @@ def test_results(tmp_path, make_row):
     }  # fmt: skip
     assert (second["id"], second["fn"], second["f1"]) == ('b"2', "1", "0.0")
 
+    lines = [json.loads(line) for line in (folder / "matches.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a,1", 'b"2']
+    assert lines[0]["predictions"] == [{"kind": "hit", "iou": 1.0, "truth": 0}]
+
+
+def test_classes(tmp_path, make_row):
+    rows = [
+        make_row("a", truth=[LEFT], truth_labels=["=cup,\n"], boxes=[LEFT, LEFT], labels=["=cup,\n", "never asked"]),
+        make_row("b", truth=[LEFT], truth_labels=["dog \ud800"]),
+        make_row("c"),
+    ]
+    write_all(tmp_path, rows, {}, asked=["=cup,\n", "dog \ud800"])
+    with (tmp_path / "per_class.csv").open(newline="") as file:
+        everything, cup, dog = csv.DictReader(file)
+    assert (everything["class"], cup["class"], dog["class"]) == ("all", "=cup,\n", "dog \\ud800")
+    found = [tuple(row[name] for name in ("images", "instances", "predicted")) for row in (everything, cup, dog)]
+    assert found == [("2", "2", "2"), ("1", "1", "1"), ("1", "1", "0")]
+    assert [float(row["recall_50"]) for row in (everything, cup, dog)] == [0.5, 1, 0]
+    assert (float(cup["f1"]), float(cup["f1_low"]), float(cup["f1_high"])) == (1, 1, 1)
+    assert dog["precision_50"] == ""
+
+
+def test_no_rows(tmp_path):
+    assert write_all(tmp_path, [], {})["figures"]["f1"]["value"] is None
+    assert (tmp_path / "matches.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "results.json").read_text())["per_class"]["cup"]["instances"] == 0
+
 
 def test_meta_may_not_hide_a_figure(tmp_path, make_row):
-    figures = score_rows([make_row()], labels_asked=["cup"])
     with pytest.raises(DataError, match="'f1_n'"):
-        write_results(tmp_path, figures, {"f1_n": 3}, images=[])
+        write_all(tmp_path / "x", [make_row()], {"f1_n": 3})
     assert list(tmp_path.iterdir()) == []

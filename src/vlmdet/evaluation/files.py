@@ -67,34 +67,6 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_results(
-    folder: str | Path,
-    figures: Mapping[str, Mapping[str, Any]],
-    meta: Mapping[str, Any],
-    *,
-    images: Sequence[Mapping[str, Any]],
-) -> None:
-    """Write the figures of a run: results.json, results.csv, per_image.csv.
-
-    When: once per run and split.
-
-    Input: `figures` of `metrics.score_rows`; `meta`, what the figures are of (split, codec, prompt version, decoding,
-    …), JSON values; `images` of `metrics.per_image`.
-    Output: `results.json` is `{"meta": …, "figures": …}`. `results.csv` has one row: each entry of `meta` (a list or
-    object as JSON), then `f1_50, f1_50_low, f1_50_high, f1_50_n, …`. An undefined figure is null or an empty cell.
-
-    Raises:
-        DataError: an entry of `meta` has the name of a column of figures.
-    """
-    folder = Path(folder)
-    row = _result_row(meta, figures)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"meta": dict(meta), "figures": dict(figures)}, indent=2, allow_nan=False)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-    _write_csv(folder / "results.csv", list(row), [row])
-    _write_csv(folder / "per_image.csv", PER_IMAGE_COLUMNS, images)
-
-
 def write_evaluation(
     folder: str | Path,
     results: Mapping[str, Any],
@@ -224,8 +196,9 @@ def _check_row(row: Any, where: str) -> None:
     need(_are_texts(row["labels"], len(row["boxes"]), or_none=True), "'labels' are not one text or null per box")
     scores = row.get("scores")
     need(
-        scores is None or (isinstance(scores, list) and len(scores) == len(row["boxes"])),
-        "'scores' are not one per box",
+        scores is None
+        or (isinstance(scores, list) and len(scores) == len(row["boxes"]) and all(map(_is_score, scores))),
+        "'scores' are not one number or null per box",
     )
     truth = row["truth"]
     need(
@@ -239,6 +212,10 @@ def _check_row(row: Any, where: str) -> None:
         isinstance(flags, list) and len(flags) == len(truth["boxes"]) and all(isinstance(flag, bool) for flag in flags),
         "'truth.ignore' is not true or false per box",
     )
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
 
 
 def _are_boxes(values: Any) -> bool:
