@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.contract import Contract
-from vlmdet.errors import DataError
+from vlmdet.errors import DataError, ModelError
+from vlmdet.evaluation.files import read_predictions
 from vlmdet.evaluation.predict import predict
 from vlmdet.models.answers import Answer, Ask, RowError
 from vlmdet.models.loader import load, make_contract
@@ -63,3 +71,146 @@ def test_each_row_is_of_its_own_picture_and_a_broken_one_is_an_error_row(tmp_pat
     samples[6].picture.unlink()  # type: ignore[union-attr]
     with pytest.raises(DataError, match="3 of 40 pictures could not be run"):
         predict(engine, samples, contract=contract)
+
+
+WRITER = """
+import json, os, signal, sys
+from pathlib import Path
+from vlmdet.boxes import FRACTIONS, Boxes
+from vlmdet.contract import Contract
+from vlmdet.evaluation.predict import predict
+from vlmdet.models.answers import Answer
+from vlmdet.records import Sample
+
+folder, die_after = Path(sys.argv[1]), int(sys.argv[2])
+samples = []
+for number in range(12):
+    boxes = Boxes.from_array([[0.1, 0.2, 0.3, 0.4]], FRACTIONS, 300, 60)
+    samples.append(Sample(str(number), folder / f"{number}.png", 300 + number, 60, boxes, ("sign",)))
+
+def engine(asks):
+    print(*[ask.index for ask in asks])
+    for done, ask in enumerate(asks):
+        if done == die_after:
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield ask.index, Answer(f"text {ask.index}", 1, 1, 1, False, 1.0)
+
+path, made_with = folder / "out" / "predictions.jsonl", json.loads(sys.argv[3])
+predict(engine, samples, contract=Contract.read(folder), path=path, made_with=made_with)
+"""
+
+
+def write(folder: Path, die_after: int, made_with: str = "{}") -> tuple[int, list[int]]:
+    """Predict 12 pictures in a process of its own; returns its exit code, and which pictures were asked about."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER, str(folder), str(die_after), made_with],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode, [int(word) for word in done.stdout.split()]
+
+
+def test_a_killed_prediction_goes_on_and_neither_repeats_nor_loses_a_row(tmp_path: Path, contract: Contract) -> None:
+    contract.write(tmp_path)
+    file = tmp_path / "out" / "predictions.jsonl"
+    part = tmp_path / "out" / "predictions.jsonl.part"
+    assert write(tmp_path, 5) == (-signal.SIGKILL, list(range(12)))
+    assert not file.exists()
+    with part.open("ab") as torn:
+        torn.write(b'{"index": 5, "row": {"id": "5", "wid')  # what a process leaves that dies while it writes
+    assert write(tmp_path, 4) == (-signal.SIGKILL, [5, 6, 7, 8, 9, 10, 11])
+    assert write(tmp_path, 99) == (0, [9, 10, 11])
+    assert not part.exists()
+    assert [row["text"] for row in read_predictions(file)] == [f"text {number}" for number in range(12)]
+    assert write(tmp_path, 99) == (0, [])  # all there already
+    assert write(tmp_path, 99, '{"weights": "others"}') == (0, list(range(12)))  # not of these weights
+
+
+def test_rows_of_another_contract_or_of_other_data_are_not_gone_on_with(tmp_path: Path, contract: Contract) -> None:
+    samples = [make(tmp_path, number) for number in range(6)]
+    path = tmp_path / "predictions.jsonl"
+    asked: list[int] = []
+
+    def stops(asks: Sequence[Ask]) -> Iterator[tuple[int, Answer | RowError]]:
+        for number, result in enumerate(engine(asks)):
+            if number == 3:
+                raise ModelError("the server is gone")
+            yield result
+
+    def counts(asks: Sequence[Ask]) -> Iterator[tuple[int, Answer | RowError]]:
+        asked.extend(ask.index for ask in asks)
+        yield from engine(asks)
+
+    with pytest.raises(ModelError):
+        predict(stops, samples, contract=contract, path=path)
+    predict(counts, samples, contract=contract, path=path)
+    assert asked == [0, 1, 2]  # the engine takes them from last to first
+    other = dataclasses.replace(contract, user_prompt="Where?")
+    asked.clear()
+    predict(counts, samples, contract=other, path=path)
+    assert asked == [0, 1, 2, 3, 4, 5]
+    asked.clear()
+    Image.new("RGB", (samples[0].width, 60), "red").save(tmp_path / "0.png")
+    predict(counts, samples, contract=other, path=path)
+    assert asked == [0, 1, 2, 3, 4, 5]
+
+
+def test_rows_that_failed_are_asked_again_and_these_alone(tmp_path: Path, contract: Contract) -> None:
+    samples = [make(tmp_path, number) for number in range(6)]
+    path = tmp_path / "predictions.jsonl"
+    asked: list[int] = []
+
+    def odd_fail(asks: Sequence[Ask]) -> Iterator[tuple[int, Answer | RowError]]:
+        for index, answer in engine(asks):
+            yield index, answer if index % 2 == 0 else RowError("no answer in 120 s")
+
+    def counts(asks: Sequence[Ask]) -> Iterator[tuple[int, Answer | RowError]]:
+        asked.extend(ask.index for ask in asks)
+        yield from engine(asks)
+
+    with pytest.raises(DataError, match="3 of 6 pictures could not be run, 40% may; the first: no answer in 120 s"):
+        predict(odd_fail, samples, contract=contract, path=path, max_errors=0.4)
+    assert not path.exists()
+    rows = predict(counts, samples, contract=contract, path=path)
+    assert asked == [1, 3, 5]
+    assert [row["status"] for row in rows] == ["ok"] * 6
+    allowed = predict(odd_fail, samples, contract=contract, max_errors=0.5)
+    assert [row["status"] for row in allowed] == ["ok", "error"] * 3
+    assert allowed[1]["error"] == "no answer in 120 s" and allowed[1]["boxes"] == []
+
+
+def test_processes_share_the_rows_and_each_gets_all(
+    tmp_path: Path, contract: Contract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes as threads: what they gather is exchanged at a barrier."""
+    samples = [make(tmp_path, number) for number in range(7)]
+    alone = predict(engine, samples, contract=contract)
+    barrier, given, asked = threading.Barrier(2, timeout=60), [None, None], [[], []]
+    environ = threading.local()
+    monkeypatch.setattr("vlmdet.evaluation.predict.process", lambda: (environ.rank, 2))
+
+    def gather(value: Any) -> list[Any]:
+        given[environ.rank] = value
+        barrier.wait()
+        values = list(given)
+        barrier.wait()
+        return values
+
+    def run(rank: int) -> list[dict[str, Any]]:
+        environ.rank = rank
+
+        def counts(asks: Sequence[Ask]) -> Iterator[tuple[int, Answer | RowError]]:
+            asked[rank] += [ask.index for ask in asks]
+            yield from engine(asks)
+
+        return predict(counts, samples, contract=contract, path=tmp_path / "predictions.jsonl", gather=gather)
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(run, range(2)))
+    assert asked == [[0, 2, 4, 6], [1, 3, 5]]
+    assert rows == [alone, alone]
+    assert read_predictions(tmp_path / "predictions.jsonl") == alone
+    assert sorted(path.name for path in tmp_path.glob("predictions*")) == ["predictions.jsonl", "predictions.made.json"]

@@ -27,6 +27,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("hf", "openai"), default="hf", help="a model here, or one behind a server")
     parser.add_argument("--url", help="of an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
     parser.add_argument("--served-name", metavar="MODEL", help="the name under which the server has the model")
+    parser.add_argument(
+        "--baseline",
+        metavar="CODEC",
+        help="the server has another model: ask it in this notation's words, e.g. plain_json",
+    )
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default: 8)")
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="S", help="seconds of one request (default: 120)"
@@ -54,9 +59,6 @@ def _server(args: argparse.Namespace, processor: Any, contract: Any, evaluation:
         raise ConfigError(
             "--engine openai needs --url and --served-name", "e.g. --url http://127.0.0.1:8000 --served-name m"
         )
-    if evaluation.scores == "consistency":
-        raise ConfigError("--scores consistency is not there for a server", "use --scores token_probability, or none")
-
     from vlmdet.evaluation.rendering import Rendering
     from vlmdet.evaluation.scores import TOKEN_SOURCES
     from vlmdet.evaluation.server import openai_engine
@@ -67,7 +69,7 @@ def _server(args: argparse.Namespace, processor: Any, contract: Any, evaluation:
         args.url,
         args.served_name,
         contract=contract,
-        rendering=Rendering(processor, contract),
+        rendering=None if args.baseline else Rendering(processor, contract),
         max_new_tokens=evaluation.max_new_tokens,
         concurrency=args.concurrency,
         timeout=args.timeout,
@@ -76,7 +78,20 @@ def _server(args: argparse.Namespace, processor: Any, contract: Any, evaluation:
         constrain=(lambda view: answer_pattern(contract.codec, contract.labels, view, MAX_BOXES))
         if evaluation.constrain
         else None,
+        samples=evaluation.consistency_samples if evaluation.scores == "consistency" else 0,
+        seed=evaluation.seed,
     )
+
+
+def _asked(args: argparse.Namespace, contract: Any) -> Any:
+    """Return the contract by which a server is asked: the run's, or a baseline's own words for the same pictures and labels."""
+    from vlmdet.evaluation.native import native_contract
+
+    if args.baseline is None:
+        return contract
+    if args.engine != "openai":
+        raise ConfigError("--baseline is of a model behind a server", "add --engine openai --url … --served-name …")
+    return native_contract(contract, args.baseline)
 
 
 def add_eval(verbs: Any) -> None:
@@ -121,6 +136,8 @@ def _eval(args: argparse.Namespace) -> None:
         folder = need_run(args.run_name)
     if args.engine == "openai" and args.base:
         raise ConfigError("--base with --engine openai: the server has one model", "score the base with --engine hf")
+    if args.baseline and args.engine != "openai":
+        raise ConfigError("--baseline is of a model behind a server", "add --engine openai --url … --served-name …")
 
     from vlmdet.config import load_settings
     from vlmdet.contract import Contract
@@ -166,13 +183,15 @@ def _predict_all(
     from vlmdet.models.loader import load, load_processor
 
     place = folder / "eval" / split
+    more = "_constrained" if settings.evaluation.constrain else ""  # beside the plain ones, to be compared
     common = asdict(replace(settings.evaluation, split=split))
     limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
     if args.engine == "openai":
         merged = (folder / "merge.json").is_file()
         processor = load_processor(str(folder if merged else (folder / "checkpoints" / "best").resolve()), **limits)
         engine = _server(args, processor, contract, settings.evaluation)
-        meta = {"name": "openai", "split": split, "engine": "openai", "url": args.url, "served_name": args.served_name}
+        name = f"{'baseline' if args.baseline else 'openai'}{more}"
+        meta = {"name": name, "split": split, "engine": "openai", "url": args.url, "served_name": args.served_name}
         del common["split"], common["batch_size"]
         found = evaluate_engine(
             engine,
@@ -180,22 +199,25 @@ def _predict_all(
             contract=contract,
             folder=place / "openai",
             meta=meta,
+            map_labels=args.baseline is not None,
             new=args.new,
             gather=gather,
             **common,
         )
-        return {"openai": found}
+        return {name: found}
     figures = {}
     common |= {"contract": contract, "new": args.new, "gather": gather}
+
+    def score(loaded: Any, which: str, **own: Any) -> None:
+        name = which + more
+        figures[name] = evaluate(loaded, samples, folder=place / name, name=name, **common, **own)
+
     if args.base:
         base = load(contract.base_model, **limits)
-        figures["base"] = evaluate(base, samples, folder=place / "base", name="base", **common)
-        own = native_contract(contract, codec_of(base.model))
-        figures["base_native"] = evaluate(
-            base, samples, folder=place / "base_native", name="base_native", native=own, **common
-        )
+        score(base, "base")
+        score(base, "base_native", native=native_contract(contract, codec_of(base.model)))
         del base
-    figures["tuned"] = evaluate(load(str(folder), **limits), samples, folder=place / "tuned", name="tuned", **common)
+    score(load(str(folder), **limits), "tuned")
     return figures
 
 
@@ -214,15 +236,14 @@ def _tell_all(
     say(f"split {place.name}, {len(samples)} pictures, 95 % intervals")
     say(format_comparison(figures, list(figures)))
     result: dict[str, Any] = dict(figures)
-    for other, key in (("base", "difference"), ("base_native", "difference_to_native")):
-        if other not in figures:
-            continue
+    for other, key in zip(list(figures)[:-1], ("difference", "difference_to_native"), strict=False):
+        last = list(figures)[-1]
         result[key] = {
-            metric: paired_difference(rows[other], rows["tuned"], metric=metric, labels_asked=contract.labels)
+            metric: paired_difference(rows[other], rows[last], metric=metric, labels_asked=contract.labels)
             for metric in ("mean_best_iou", "f1_50")
         }
         for metric, change in result[key].items():
-            say(format_difference(metric, change, names=f"tuned - {other}"))
+            say(format_difference(metric, change, names=f"{last} - {other}"))
     say(f"predictions and pictures: {place}")
     if args.json:
         print(json.dumps(result))
@@ -305,6 +326,7 @@ def _predict(args: argparse.Namespace) -> None:
         for path, (width, height) in zip(args.images, sizes, strict=True)
     ]
     evaluation = load_settings(None, _overrides(args)).evaluation
+    contract = _asked(args, contract)
     if args.engine == "openai":
         engine = _server(args, loaded.processor, contract, evaluation)
     else:

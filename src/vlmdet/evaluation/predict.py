@@ -66,7 +66,7 @@ def predict(
         VlmdetError: the engine cannot go on.
     """
     header = header_of(contract, samples, made_with or {}) if path is not None else ""
-    rank, size = (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))) if gather else (0, 1)
+    rank, size = process() if gather is not None else (0, 1)
     rows: dict[int, Row] = {}
     if path is not None:
         whole = read_finished(path, header)
@@ -117,6 +117,11 @@ def predict(
     if gather is not None:
         gather(None)  # none goes on before the file is whole
     return result
+
+
+def process() -> tuple[int, int]:
+    """Return the number of this process, and how many were launched together."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def refuse_errors(rows: Sequence[Mapping[str, Any]], share: float) -> None:
