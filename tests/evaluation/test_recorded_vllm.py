@@ -154,6 +154,12 @@ def test_an_answer_at_the_limit_is_truncated(tiny: Loaded, asks: list[Ask]) -> N
     assert answer.text.startswith("<|object_ref_start|>cross<|object_ref_end|><|box_start|>(")
 
 
+def test_further_answers_are_drawn(tiny: Loaded, asks: list[Ask]) -> None:
+    (answer,), _ = ask_recorded(tiny, asks[:1], samples=3, seed=1)
+    assert isinstance(answer, Answer) and len(answer.samples) == 3
+    assert len({answer.text, *answer.samples}) > 1  # else nothing was drawn
+
+
 def test_what_vllm_says_about_a_request_that_it_refuses_is_the_reason_of_the_row(tiny: Loaded, asks: list[Ask]) -> None:
     (error,), _ = ask_recorded(tiny, asks[:1], max_new_tokens=5000)
     assert isinstance(error, RowError)

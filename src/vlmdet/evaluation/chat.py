@@ -127,7 +127,7 @@ class Chat:
             raise ConfigError(
                 f"the server at {self.connection.base} draws {len(completion.choices)} answers where {self.drawn['n']} were "
                 "asked for",
-                "take scores from token probabilities, or serve the model with vLLM",
+                "ask with --scores token_probability or none, or serve the model with vLLM",
             )
         return tuple(choice.message.content or "" for choice in completion.choices)
 
@@ -223,7 +223,7 @@ class Chat:
             if entries is None:
                 raise ConfigError(
                     f"the server at {self.connection.base} sends no token probabilities, so that boxes have no scores",
-                    "ask without scores, or serve the model with vLLM",
+                    "ask with --scores none, or serve the model with vLLM",
                 )
             found = self._texts(choice, entries, text)
             if found is None:
