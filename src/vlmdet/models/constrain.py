@@ -24,7 +24,6 @@ import llguidance
 import llguidance.hf
 import numpy as np
 import torch
-from transformers import LogitsProcessor
 
 from vlmdet.boxes import Boxes
 from vlmdet.grounding import View, get_codec
@@ -93,7 +92,7 @@ class Constraint:
 class Choice:
     """The rows of one batch: called at every step with what each has written, it bars what may not follow.
 
-    As `choose` of `models.decoding.decode`, or by `processor` in transformers' `generate`.
+    It is a `choose` of `models.decoding.decode`; `inference` hands it to transformers' `generate` as a logits processor.
     """
 
     def __init__(self, rows: Sequence[_Row]) -> None:
@@ -110,21 +109,6 @@ class Choice:
             self.rows[row].mark(written, allowed[place])
         least = torch.finfo(logits.dtype).min  # what the model itself rules out is still better than what may not be
         return logits.clamp(min=least).masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
-
-    def processor(self, prompt: int) -> LogitsProcessor:
-        """Return it for `generate(logits_processor=[…])` without beams.
-
-        Input: `prompt`, how many columns stand before the answer: the padded prompt, or 1 of an encoder-decoder.
-        """
-        return _Processor(self, prompt)
-
-
-class _Processor(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
-    def __init__(self, choice: Choice, prompt: int) -> None:
-        self.choice, self.prompt = choice, prompt
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return self.choice(scores, range(len(scores)), input_ids[:, self.prompt :].tolist())
 
 
 class _Row:
@@ -194,16 +178,19 @@ def _check(matcher: Any) -> None:
         raise RuntimeError(f"the grammar of the answers could not be followed: {matcher.get_error()[:300]}")
 
 
-def boxes_that_fit(tokenizer: Any, codec: str, labels: Sequence[str], view: View, max_new_tokens: int) -> int:
-    """Return how many boxes of the longest label an answer has room for, at least one; more would be cut off.
+def boxes_that_fit(tokenizer: Any, codec: str, labels: Sequence[str], max_new_tokens: int) -> int:
+    """Return how many boxes of the longest label an answer has room for, at least one; more could be cut off.
 
     When: once per run, for `max_boxes`.
 
-    Input: as `Constraint`; `view`, of the largest picture where numbers are pixels; the limit of tokens, the end token included.
+    Input: as `Constraint`; the limit of tokens, the end token included. Numbers are taken to be as long as they get.
     """
-    corner = Boxes(np.full((1, 4), 0.999))
-    texts = [get_codec(codec).encode([label] * 2, corner[[0, 0]], view) for label in labels]
-    alone = [get_codec(codec).encode([label], corner, view) for label in labels]
-    first = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in alone)
-    both = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-    return 1 + max(0, max_new_tokens - 1 - first) // max(1, both - first)
+    encode, view = get_codec(codec).encode, View(9999, 9999, 9999, 9999)
+
+    def tokens(label: str, count: int) -> int:
+        text = encode([label] * count, Boxes(np.full((count, 4), 0.9989)), view)
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    first = max(tokens(label, 1) for label in labels)
+    more = max(tokens(label, 2) - tokens(label, 1) for label in labels)
+    return 1 + max(0, max_new_tokens - 1 - first) // max(1, more)

@@ -63,11 +63,20 @@ def hf_engine(
     lock = Lock()  # a tokenizer must not be used by two threads at once
     constraint: Any = None
     if constrain:
-        from vlmdet.models.constrain import Constraint  # its library is heavy, and most runs do without
+        # its library is loaded where it is needed: most runs do without
+        from vlmdet.models.constrain import Constraint, boxes_that_fit
 
-        ends = _end_tokens(model, processor)
+        if not contract.labels:
+            raise ValueError("an answer can only be constrained to labels, and the contract has none")
+        # more boxes than there is room for would be cut off, and the last one lost
+        fit = boxes_that_fit(processor.tokenizer, contract.codec, contract.labels, max_new_tokens)
         constraint = Constraint(
-            processor.tokenizer, codec=contract.codec, labels=contract.labels, max_boxes=MAX_BOXES, ends=ends
+            processor.tokenizer,
+            codec=contract.codec,
+            labels=contract.labels,
+            max_boxes=min(MAX_BOXES, fit),
+            ends=_end_tokens(model, processor),
+            lead=[processor.tokenizer.bos_token_id] if model.config.is_encoder_decoder else [],
         )
 
     def prepare(asks: Sequence[Ask]) -> tuple[list[Ask], Any, list[tuple[int, RowError]]]:
