@@ -23,7 +23,6 @@ from vlmdet.evaluation.metrics import (
     image_figures,
     make_figure,
     match_table,
-    resample,
 )
 from vlmdet.evaluation.table import Table, lay_out, sort_rows
 
@@ -65,7 +64,8 @@ def summarise(
     sums = add_up(counts, drawn)
     figures = {name: make_figure(name, sums) for name in FORMULAS}
     failed = np.asarray([row["status"] == "error" for row in sort_rows(rows)], dtype=np.float64)
-    of_all = resample({"images": np.ones(len(failed)), "error": failed}, resamples=resamples, seed=seed)
+    drawn_of_all = draw_images(len(failed), resamples=resamples, seed=seed) if failed.any() else drawn
+    of_all = add_up({"images": np.ones(len(failed)), "error": failed}, drawn_of_all)
     figures["error_rate"] = make_figure("error_rate", of_all)
     return {
         "meta": dict(meta or {}),
