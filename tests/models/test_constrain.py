@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from vlmdet.boxes import Boxes
-from vlmdet.data.dataset import build_messages
+from vlmdet.data.dataset import build_messages, messages_of
 from vlmdet.grounding import CODECS, View
 from vlmdet.grounding.grammar import answer_pattern
 from vlmdet.grounding.sizes import plan_view
@@ -21,6 +22,7 @@ from vlmdet.models.answers import Answer, Ask
 from vlmdet.models.constrain import Constraint, boxes_that_fit
 from vlmdet.models.inference import hf_engine
 from vlmdet.models.loader import load, make_contract
+from vlmdet.models.processors import seen_size
 from vlmdet.models.tiny import TINY_DIR
 from vlmdet.records import Sample
 
@@ -219,3 +221,20 @@ def test_what_makes_no_answer_is_refused(tokenizer: Any, ends: list[int]) -> Non
     for labels, boxes, stops in (([], 1, ends), (["cup"], 0, ends), (["cup"], 1, [])):
         with pytest.raises(ValueError):
             Constraint(tokenizer, codec="qwen2_vl", labels=labels, max_boxes=boxes, ends=stops)
+
+
+@pytest.mark.parametrize("model_type", ["paligemma", "florence2", "internvl", "idefics3"])
+def test_other_families(other_base: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
+    """By `generate`; Florence-2 has an encoder, and learnt to begin its answers with `<s>`."""
+    folder = str(other_base(model_type))
+    width, height = seen_size(AutoProcessor.from_pretrained(folder))
+    loaded = load(folder, min_pixels=width * height, max_pixels=width * height)
+    labels = ["cup", "red sign"]
+    contract = make_contract(loaded, labels=labels, box_order="raster", max_new_tokens=300, data_fingerprint="")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(tmp_path / "0.png")
+    sample = Sample("0", tmp_path / "0.png", 80, 60, Boxes.empty(), ())
+    ask = Ask(0, sample, messages_of(contract.system_prompt, contract.user_prompt), View(80, 60, width, height))
+    ((_, answer),) = hf_engine(loaded, contract=contract, max_new_tokens=300, constrain=True)([ask])
+    assert isinstance(answer, Answer) and not answer.truncated
+    assert answer.text.startswith("<s>") == (model_type == "florence2")
+    check(answer.text.removeprefix("<s>"), contract.codec, labels, ask.view, 100)
