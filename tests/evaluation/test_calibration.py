@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from vlmdet.errors import ConfigError, DataError
-from vlmdet.evaluation.calibration import MIN_EACH, Calibration, calibration_error, fit_calibration
+from vlmdet.evaluation.calibration import (
+    MIN_EACH,
+    Calibration,
+    calibrate_rows,
+    calibration_error,
+    fit_calibration,
+    scored_hits,
+)
 
 
 def test_the_error_by_hand() -> None:
@@ -64,3 +71,50 @@ def test_what_is_refused() -> None:
         fit_calibration(scores, np.arange(40) >= 31, source="first_token", split="val")
     with pytest.raises(DataError, match="no more often hits"):
         fit_calibration(scores, ~hits, source="first_token", split="val")
+
+
+ROWS = [
+    {
+        "id": "a",
+        "truth": {"boxes": [[0, 0, 0.2, 0.2], [0.5, 0.5, 1, 1]], "labels": ["cup", "cup"], "ignore": [False, True]},
+        # a hit, its duplicate, one of another class, one on the ignored region
+        "boxes": [[0, 0, 0.2, 0.2], [0, 0, 0.2, 0.1], [0, 0, 0.2, 0.2], [0.5, 0.5, 1, 1]],
+        "labels": ["cup", "cup", "dog", "cup"],
+        "scores": [0.9, 0.8, 0.7, 0.6],
+        "score_source": "first_token",
+    },
+    {
+        "id": "b",
+        "truth": {"boxes": [], "labels": [], "ignore": []},
+        "boxes": [],
+        "labels": [],
+        "scores": None,
+        "score_source": None,
+    },
+    {
+        "id": "c",
+        "truth": {"boxes": [], "labels": [], "ignore": []},
+        "boxes": [[0, 0, 1, 1]],
+        "labels": ["dog"],
+        "scores": [0.5],
+        "score_source": "first_token",
+    },
+]
+
+
+def test_hits_of_stored_rows_by_hand() -> None:
+    scores, hits = scored_hits(ROWS, labels_asked=["cup", "dog"])
+    assert scores.tolist() == [0.9, 0.8, 0.7, 0.5]
+    assert hits.tolist() == [True, False, False, False]
+    assert [len(part) for part in scored_hits(ROWS[1:2], labels_asked=["cup"])] == [0, 0]
+
+
+def test_stored_rows_are_calibrated_beside_what_was_stored() -> None:
+    made = Calibration(slope=1.0, intercept=math.log(3), source="first_token", split="val", n=40, hits=20)
+    changed = calibrate_rows(ROWS, made)
+    assert changed[0]["scores"] == pytest.approx([27 / 28, 12 / 13, 7 / 8, 9 / 11])
+    assert changed[1] == ROWS[1] and changed[2]["scores"] == pytest.approx([0.75])
+    assert ROWS[0]["scores"] == [0.9, 0.8, 0.7, 0.6] and changed[0]["boxes"] == ROWS[0]["boxes"]
+    other = Calibration(slope=1.0, intercept=0.0, source="consistency", split="val", n=40, hits=20)
+    with pytest.raises(DataError, match="first_token"):
+        calibrate_rows(ROWS, other)

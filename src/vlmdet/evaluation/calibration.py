@@ -12,12 +12,15 @@ calibration of modern neural networks", for the expected calibration error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from vlmdet.boxes import Boxes
 from vlmdet.errors import ConfigError, DataError
+from vlmdet.evaluation.match import match_boxes
 
 MIN_EACH = 10
 """Hits, and misses, below which nothing is fitted: two parameters would be noise."""
@@ -92,6 +95,54 @@ def fit_calibration(
             "these scores say nothing about the boxes: choose another --scores",
         )
     return Calibration(slope, intercept, source, split, n, good)
+
+
+def scored_hits(rows: Sequence[Mapping[str, Any]], *, labels_asked: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Collect the scores of stored predictions, and whether each box is a hit: one to one, same label, IoU >= 0.5.
+
+    Input: rows of `predictions.jsonl` (architecture, "Data model"); the classes of the run.
+    Output: scores (n,) float64 and hits (n,) bool, of all boxes of all rows in order; rows without scores and boxes on ignored
+    regions are left out.
+    """
+    scores: list[float] = []
+    hits: list[bool] = []
+    for row in rows:
+        if row["scores"] is None:
+            continue
+        truth = row["truth"]
+        matching = match_boxes(
+            Boxes(np.asarray(truth["boxes"], dtype=np.float64).reshape(-1, 4)),
+            truth["labels"],
+            Boxes(np.asarray(row["boxes"], dtype=np.float64).reshape(-1, 4)),
+            row["labels"],
+            labels_asked=labels_asked,
+            ignore=truth["ignore"],
+        )
+        hit = matching.predicted_iou >= 0.5
+        counted = hit | (matching.ignored_share < 0.5)
+        scores += np.asarray(row["scores"], dtype=np.float64)[counted].tolist()
+        hits += hit[counted].tolist()
+    return np.asarray(scores), np.asarray(hits, dtype=bool)
+
+
+def calibrate_rows(rows: Sequence[Mapping[str, Any]], calibration: Calibration) -> list[dict[str, Any]]:
+    """Return stored predictions with calibrated scores; the rows themselves stay as they are.
+
+    Raises:
+        DataError: scores come from another source than those that it was fitted on.
+    """
+    changed = []
+    for row in rows:
+        if row["scores"] is None:
+            changed.append(dict(row))
+            continue
+        if row["score_source"] != calibration.source:
+            raise DataError(
+                f"scores of picture '{row['id']}' are '{row['score_source']}', and the calibration is for '{calibration.source}'",
+                "fit it on predictions with the same --scores",
+            )
+        changed.append({**row, "scores": calibration.apply(row["scores"])})
+    return changed
 
 
 def calibration_error(
