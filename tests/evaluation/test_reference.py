@@ -24,7 +24,11 @@ def rows(shared) -> list[dict[str, Any]]:
             "width": image["width"],
             "height": image["height"],
             "truth": {"boxes": [], "labels": [], "ignore": []},
-            **{"boxes": [], "labels": [], "scores": [], "status": "ok", "truncated": False},
+            "boxes": [],
+            "labels": [],
+            "scores": [],
+            "status": "ok",
+            "truncated": False,
         }
         for image in truth["images"]
     }

@@ -206,9 +206,7 @@ def duplicates_by_image(predicted: Side, images: int) -> np.ndarray:
     _, of_label = np.unique(different[:, :2], axis=0, return_inverse=True)
     group = np.arange(len(different))
     alike = Side(of_label.reshape(-1), label, xyxy)
-    one, other, iou, _ = _overlaps(alike, alike)
-    near = (iou > DUPLICATE_IOU) & (one != other)
-    one, other = one[near], other[near]
+    one, other, _, _ = _overlaps(alike, alike, above=DUPLICATE_IOU)
     while True:  # each box takes the lowest number among its neighbours, until nothing moves
         lowest = group.copy()
         np.minimum.at(lowest, one, group[other])
@@ -224,9 +222,12 @@ def _one_picture(boxes: Boxes, labels: list[int]) -> Side:
     return Side(np.zeros(len(boxes), dtype=np.int64), np.asarray(labels, dtype=np.int64), boxes.xyxy)
 
 
-def _overlaps(left: Side, right: Side) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Find the pairs of one picture that overlap: rows left and right, IoU, and the share of the right one, each (k,)."""
-    found = [_overlap_block(left, right, rows, columns) for rows, columns in _blocks(left, right)]
+def _overlaps(left: Side, right: Side, *, above: float = -1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Find the pairs of one picture that overlap, with an IoU over `above`.
+
+    Output: rows left and right, IoU, and the share of the right one, each (k,). A pair whose IoU rounds to 0 is one, too.
+    """
+    found = [_overlap_block(left, right, rows, columns, above) for rows, columns in _blocks(left, right)]
     if not found:
         none = np.zeros(0, dtype=np.int64)
         return none, none, np.zeros(0), np.zeros(0)
@@ -235,16 +236,17 @@ def _overlaps(left: Side, right: Side) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _overlap_block(
-    left: Side, right: Side, rows: np.ndarray, columns: np.ndarray
+    left: Side, right: Side, rows: np.ndarray, columns: np.ndarray, above: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     both, union = overlap(left.xyxy[rows], right.xyxy[columns])
     touch = (both > 0) & (union > 0)
     rows, columns, both, union = rows[touch], columns[touch], both[touch], union[touch]
     with np.errstate(over="ignore", invalid="ignore"):
         area = (right.xyxy[columns, 2:] - right.xyxy[columns, :2]).prod(axis=1)
-        iou = np.nan_to_num(both / union)
-        share = np.nan_to_num(both / area)
-    return rows, columns, iou.round(IOU_DECIMALS), share.round(IOU_DECIMALS)
+        iou = np.nan_to_num(both / union).round(IOU_DECIMALS)
+        share = np.nan_to_num(both / area).round(IOU_DECIMALS)
+    kept = iou > above
+    return rows[kept], columns[kept], iou[kept], share[kept]
 
 
 def _blocks(left: Side, right: Side) -> Iterator[tuple[np.ndarray, np.ndarray]]:
