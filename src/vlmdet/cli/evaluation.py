@@ -189,6 +189,7 @@ def _predict_all(
     if args.engine == "openai":
         merged = (folder / "merge.json").is_file()
         processor = load_processor(str(folder if merged else (folder / "checkpoints" / "best").resolve()), **limits)
+        contract = _asked(args, contract)
         engine = _server(args, processor, contract, settings.evaluation)
         name = f"{'baseline' if args.baseline else 'openai'}{more}"
         meta = {"name": name, "split": split, "engine": "openai", "url": args.url, "served_name": args.served_name}
@@ -197,7 +198,7 @@ def _predict_all(
             engine,
             samples,
             contract=contract,
-            folder=place / "openai",
+            folder=place / name,
             meta=meta,
             map_labels=args.baseline is not None,
             new=args.new,
