@@ -278,7 +278,7 @@ def test_train_then_eval_and_predict_from_a_hostile_set(
 
     assert main(["eval", str(folder), "--base", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"base", "tuned", "difference"}
+    assert set(result) == {"base", "base_native", "tuned", "difference", "difference_to_native"}
     assert result["tuned"]["f1_50"]["n"] == 1
     assert (folder / "eval" / "val" / "tuned" / "predictions.jsonl").is_file()
 
