@@ -86,11 +86,13 @@ def _server(args: argparse.Namespace, processor: Any, contract: Any, evaluation:
 def _asked(args: argparse.Namespace, contract: Any) -> Any:
     """Return the contract by which a server is asked: the run's, or a baseline's own words for the same pictures and labels."""
     from vlmdet.evaluation.native import native_contract
+    from vlmdet.grounding import get_codec
 
     if args.baseline is None:
         return contract
     if args.engine != "openai":
         raise ConfigError("--baseline is of a model behind a server", "add --engine openai --url … --served-name …")
+    get_codec(args.baseline)
     return native_contract(contract, args.baseline)
 
 
