@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from vlmdet.cli import main
 from vlmdet.errors import ConfigError, DataError
 from vlmdet.evaluation.calibration import (
     MIN_EACH,
@@ -118,3 +122,51 @@ def test_stored_rows_are_calibrated_beside_what_was_stored() -> None:
     other = Calibration(slope=1.0, intercept=0.0, source="consistency", split="val", n=40, hits=20)
     with pytest.raises(DataError, match="first_token"):
         calibrate_rows(ROWS, other)
+
+
+def stored(folder: Path, split: str, *, start: int, hits: int, misses: int) -> tuple[Path, list[dict[str, Any]]]:
+    """Write predictions of one box a picture: hits with a score of .6, misses with .4."""
+    box = [0.0, 0.0, 0.5, 0.5]
+    rows = [
+        {
+            "id": str(start + i), "image": f"{start + i}.png", "width": 100, "height": 100, "text": "", "status": "ok",
+            "truth": {"boxes": [box] * right, "labels": ["cup"] * right, "ignore": [False] * right}, "problems": [],
+            "boxes": [box], "labels": ["cup"], "scores": [0.6 if right else 0.4], "score_source": "first_token",
+            "tokens": {"prompt": 1, "image": 1, "answer": 1}, "truncated": False, "ms": 1.0, "error": None,
+        }
+        for i, right in enumerate([1] * hits + [0] * misses)
+    ]  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "results.json").write_text(json.dumps({"meta": {"split": split}}))
+    return folder / "predictions.jsonl", rows
+
+
+def test_eval_calibrates_on_another_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    val, _ = stored(tmp_path / "val", "val", start=0, hits=98, misses=98)
+    test, _ = stored(tmp_path / "test", "test", start=1000, hits=30, misses=10)
+    words = ["eval", "--from", str(test), "--classes", "cup", "--out", str(tmp_path / "out"), "--json"]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["meta"]["score_calibrated"] is False
+    assert main([*words, "--calibrate-on", str(val)]) == 0
+    said = json.loads((tmp_path / "out" / "results.json").read_text())["meta"]["score_calibrated"]
+    assert (said["method"], said["split"], said["n"], said["hits"], said["source"]) == (
+        "platt",
+        "val",
+        196,
+        98,
+        "first_token",
+    )
+    # Scores of .6 and .4 become 99/100 and 1/100, Platt's targets of 98 hits and 98 misses: off by .01 instead of .4.
+    assert said["error_before"] == pytest.approx(0.4) and said["error_after"] == pytest.approx(0.01, abs=1e-4)
+    capsys.readouterr()
+    other, _ = stored(tmp_path / "other", "test", start=2000, hits=30, misses=10)
+    nameless, _ = stored(tmp_path / "nameless", "", start=2000, hits=30, misses=10)
+    for on, why in (
+        (other, "test split"),
+        (test, "cannot calibrate its own score"),
+        (nameless, "does not say which split"),
+    ):
+        assert main([*words, "--calibrate-on", str(on)]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and why in error

@@ -119,6 +119,12 @@ def add_eval(verbs: Any) -> None:
         "--from", dest="stored", type=Path, metavar="FILE", help="score stored predictions again; no model is loaded"
     )
     evaluation.add_argument("--out", type=Path, metavar="FOLDER", help="with --from (default: the folder of FILE)")
+    evaluation.add_argument(
+        "--calibrate-on",
+        type=Path,
+        metavar="FILE",
+        help="with --from: make scores probabilities, as fitted on these predictions of another split",
+    )
     evaluation.add_argument("--classes", action="append", metavar="NAME", help="with --from, where no contract lies by")
     add_engine(evaluation)
     add_json(evaluation)
@@ -130,6 +136,8 @@ def _eval(args: argparse.Namespace) -> None:
     if args.stored is not None:
         _score_stored(args)
         return
+    if args.calibrate_on is not None:
+        raise ConfigError("--calibrate-on is for stored predictions", "add --from …/predictions.jsonl")
 
     from vlmdet.runs import need_run
 
@@ -265,7 +273,9 @@ def _score_stored(args: argparse.Namespace) -> None:
     if not labels:
         raise ConfigError(f"{file}: no {FILE_NAME} lies beside it", "name what was asked for with --classes")
     folder = args.out or file.parent
-    meta = {"name": folder.name, "scored_from": str(file)}
+    meta: dict[str, Any] = {"name": folder.name, "scored_from": str(file)}
+    if args.calibrate_on is not None:
+        rows, meta["score_calibrated"] = _calibrate(rows, args.calibrate_on, labels)
     results = score_and_write(rows, folder, labels_asked=labels, contract=contract, meta=meta)
     say = make_say(args)
     say(f"{len(rows)} stored rows, 95 % intervals")
@@ -273,6 +283,19 @@ def _score_stored(args: argparse.Namespace) -> None:
     say(f"figures: {folder / 'results.json'}")
     if args.json:
         print(json.dumps(results["figures"]))
+
+
+def _calibrate(rows: list[Any], on: Path, labels: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:
+    """Return rows with calibrated scores, and what `results.json` says of it."""
+    from dataclasses import asdict
+
+    from vlmdet.evaluation.calibration import calibrate_rows, calibration_error, fit_from_file, scored_hits
+
+    fitted = fit_from_file(on, labels_asked=labels, scored=rows)
+    changed = calibrate_rows(rows, fitted)
+    before, after = (calibration_error(*scored_hits(some, labels_asked=labels)) for some in (rows, changed))
+    errors = {"error_before": before, "error_after": after} if before == before else {}  # without a box there is none
+    return changed, {"method": "platt", **asdict(fitted), **errors}
 
 
 def add_predict(verbs: Any) -> None:

@@ -12,14 +12,17 @@ calibration of modern neural networks", for the expected calibration error.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlmdet.boxes import Boxes
 from vlmdet.errors import ConfigError, DataError
+from vlmdet.evaluation.files import read_predictions
 from vlmdet.evaluation.match import match_boxes
 
 MIN_EACH = 10
@@ -123,6 +126,37 @@ def scored_hits(rows: Sequence[Mapping[str, Any]], *, labels_asked: Sequence[str
         scores += np.asarray(row["scores"], dtype=np.float64)[counted].tolist()
         hits += hit[counted].tolist()
     return np.asarray(scores), np.asarray(hits, dtype=bool)
+
+
+def fit_from_file(path: Path, *, labels_asked: Sequence[str], scored: Sequence[Mapping[str, Any]]) -> Calibration:
+    """Fit on the stored predictions of another split.
+
+    Input: a `predictions.jsonl` beside the `results.json` that names its split; the classes of the run; rows that are to be
+    `scored` with the calibration: none of their pictures may be among those that it is fitted on.
+
+    Raises:
+        ConfigError: no split is named, or it is the test split.
+        DataError: pictures are in both files, rows have no scores or several sources of them, or `fit_calibration` refuses.
+    """
+    rows = read_predictions(path)
+    results = path.parent / "results.json"
+    split = json.loads(results.read_text(encoding="utf-8"))["meta"].get("split") if results.is_file() else None
+    if not split:
+        raise ConfigError(
+            f"{results} does not say which split {path.name} is of", "score it with vlmdet eval RUN --split val"
+        )
+    both = {(row["id"], row["image"]) for row in rows} & {(row["id"], row["image"]) for row in scored}
+    if both:
+        raise DataError(
+            f"{path}: picture '{min(both)[0]}' is scored too, and cannot calibrate its own score", "use another split"
+        )
+    sources = {row["score_source"] for row in rows if row["scores"] is not None}
+    if len(sources) != 1:
+        raise DataError(
+            f"{path}: there are {len(sources)} sources of scores, and one is needed", "predict it with --scores"
+        )
+    scores, hits = scored_hits(rows, labels_asked=labels_asked)
+    return fit_calibration(scores, hits, source=sources.pop(), split=split)
 
 
 def calibrate_rows(rows: Sequence[Mapping[str, Any]], calibration: Calibration) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdet.contract import Contract
+from vlmdet.evaluation.coco import coco_figures, write_coco_predictions
 from vlmdet.evaluation.files import write_evaluation
 from vlmdet.evaluation.metrics import per_image
 from vlmdet.evaluation.results import list_matches, summarise
@@ -32,8 +33,8 @@ def score_and_write(
 
     Input: rows; the folder to write into; the labels that were asked for; the contract, None where it is not known; `meta`, what
     the figures are of, JSON values; `resamples` of the bootstrap and its `seed`.
-    Output: what `results.json` holds; in the folder `results.json`, `results.csv`, `per_class.csv`, `per_image.csv` and
-    `matches.jsonl`.
+    Output: what `results.json` holds; in the folder `results.json`, `results.csv`, `per_class.csv`, `per_image.csv`,
+    `matches.jsonl` and `predictions.coco.json`. COCO's figures are there where boxes have scores that tell them apart.
 
     Raises:
         ConfigError, DataError: see `results.summarise`; the metric itself is broken.
@@ -46,8 +47,15 @@ def score_and_write(
         contract=contract,
         resamples=resamples,
         seed=seed,
-        meta={**meta, "n": len(rows), "self_test": f"{len(checked)} figures as they must be"},
+        meta={
+            "score_calibrated": False,
+            **meta,
+            "n": len(rows),
+            "self_test": f"{len(checked)} figures as they must be",
+        },
     )
+    results["coco"] = _coco(plain, labels_asked)
+    write_coco_predictions(folder / "predictions.coco.json", plain, labels_asked=labels_asked)
     write_evaluation(
         folder,
         results,
@@ -55,6 +63,14 @@ def score_and_write(
         matches=list_matches(plain, labels_asked=labels_asked),
     )
     return results
+
+
+def _coco(rows: Sequence[dict[str, Any]], labels_asked: Sequence[str]) -> dict[str, float] | None:
+    """Compute COCO's figures, None without scores: AP is a matter of order, and nothing would give one."""
+    given = [score for row in rows if row["boxes"] for score in row.get("scores") or [None]]
+    if None in given or (len(given) > 1 and len(set(given)) == 1):
+        return None
+    return coco_figures(rows, labels_asked=labels_asked)
 
 
 def format_comparison(figures: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
