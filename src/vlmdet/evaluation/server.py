@@ -18,7 +18,8 @@ What makes the answers comparable with those of a model in this process:
     any other            as it likes      where it has them     no            number
 
 The flags of `vlmdet eval` and `vlmdet predict` that choose all this: `--engine openai --url URL --served-name MODEL`, with
-`--concurrency`, `--timeout`, `--retries`, and `--baseline CODEC` for a model that is not the run's; a key is read from the environment variable OPENAI_API_KEY and from nowhere else.
+`--concurrency`, `--timeout`, `--retries`, and `--baseline CODEC` for a model that is not the run's. A key is read from the
+environment variable OPENAI_API_KEY and from nowhere else.
 """
 
 from __future__ import annotations
