@@ -53,8 +53,9 @@ from vlmdet.data.readers import open_dataset
 from vlmdet.data.select import select
 from vlmdet.data.synthetic.packages import write_drawn_set
 from vlmdet.evaluation.compare import paired_difference
-from vlmdet.evaluation.evaluate import evaluate, format_figure
+from vlmdet.evaluation.evaluate import evaluate
 from vlmdet.evaluation.files import read_predictions
+from vlmdet.evaluation.scoring import format_figure
 from vlmdet.models.loader import load
 from vlmdet.models.lora import build_lora_config, format_areas, refuse_untrainable
 from vlmdet.models.tiny import TINY_MAX_PIXELS, TINY_MIN_PIXELS

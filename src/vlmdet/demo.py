@@ -15,8 +15,9 @@ from typing import Any
 from vlmdet.config import find_recipe, load_settings
 from vlmdet.data.synthetic.packages import write_drawn_set
 from vlmdet.evaluation.compare import paired_difference
-from vlmdet.evaluation.evaluate import evaluate, format_comparison, format_difference
+from vlmdet.evaluation.evaluate import evaluate
 from vlmdet.evaluation.files import read_predictions
+from vlmdet.evaluation.scoring import format_comparison, format_difference
 from vlmdet.models.loader import load
 from vlmdet.training.callbacks import draw_rows
 from vlmdet.training.prepare import prepare

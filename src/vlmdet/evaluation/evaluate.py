@@ -18,21 +18,13 @@ from vlmdet.contract import Contract
 from vlmdet.evaluation.native import map_label
 from vlmdet.evaluation.predict import MAX_ERROR_SHARE, Gather, predict, print_progress, truth_row
 from vlmdet.evaluation.scores import TOKEN_SOURCES, ScoreSource, score_boxes, score_consistency
-from vlmdet.evaluation.scoring import (
-    format_change,
-    format_comparison,
-    format_difference,
-    format_figure,
-    score_and_write,
-)
+from vlmdet.evaluation.scoring import score_and_write
 from vlmdet.evaluation.selftest import FIRST_ROWS, self_test
 from vlmdet.grounding import Parsed, View, get_codec
 from vlmdet.models.answers import Answer, Engine
 from vlmdet.models.inference import hf_engine
 from vlmdet.models.loader import Loaded, refuse_other_contract
 from vlmdet.records import Sample
-
-__all__ = ["evaluate", "format_change", "format_comparison", "format_difference", "format_figure", "scorer"]
 
 
 def evaluate(
@@ -134,6 +126,8 @@ def evaluate_engine(
     if new and main:
         for old in folder.glob("predictions.*"):
             old.unlink()
+    if new and gather is not None:
+        gather(None)  # none reads what is about to be deleted
     rows = predict(
         engine,
         samples,

@@ -33,9 +33,10 @@ from vlmdet.contract import Contract
 from vlmdet.data.synthetic.packages import draw_package
 from vlmdet.errors import ConfigError, DataError, ImageError, ModelError, did_you_mean
 from vlmdet.evaluation.compare import paired_difference
-from vlmdet.evaluation.evaluate import evaluate, format_change, format_figure
+from vlmdet.evaluation.evaluate import evaluate
 from vlmdet.evaluation.files import read_predictions
 from vlmdet.evaluation.predict import predict
+from vlmdet.evaluation.scoring import format_change, format_figure
 from vlmdet.models.inference import hf_engine
 from vlmdet.models.loader import DTYPES, Loaded, load, refuse_other_contract
 from vlmdet.models.lora import merge_adapter
