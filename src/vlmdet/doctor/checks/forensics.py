@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmdet.doctor.gather.answers import Answered
+from vlmdet.doctor.gather.text_boxes import best_iou
+
 
 class Clue(NamedTuple):
     """One id of the catalogue, the figures that point to it, and how surely (0 to 1)."""
@@ -20,28 +23,6 @@ class Clue(NamedTuple):
     id: str
     evidence: str
     certainty: float = 1.0
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One answer of a run, and the truth.
-
-    Attributes:
-        id: of the picture.
-        text: as generated; "" where only boxes were stored.
-        boxes: (m, 4) predicted, xyxy, in the same numbers as `truth`.
-        truth: (n, 4) true boxes, xyxy.
-        width, height: of the picture in those numbers; 0 where unknown.
-        new_tokens: generated, None where unknown.
-    """
-
-    id: str
-    text: str
-    boxes: np.ndarray
-    truth: np.ndarray
-    width: float = 0.0
-    height: float = 0.0
-    new_tokens: int | None = None
 
 
 # ---- trainer_state.json ---------------------------------------------------------------------------------------------
@@ -191,42 +172,28 @@ def _task(log: Sequence[Mapping[str, Any]], evaluated: np.ndarray) -> list[Clue]
 
 def mean_iou(answers: Sequence[Answered]) -> float:
     """Return the mean best IoU per true box, misses as 0; NaN without a true box."""
-    ious = [iou_matrix(one.truth, one.boxes).max(axis=1, initial=0.0) for one in answers if len(one.truth)]
+    ious = [best_iou(one.boxes, one.truth) for one in answers if len(one.truth)]
     return float(np.concatenate(ious).mean()) if ious else math.nan
-
-
-def iou_matrix(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return (n, m) IoUs of xyxy boxes in any numbers."""
-    one, other = np.reshape(one, (-1, 4)).astype(np.float64), np.reshape(other, (-1, 4)).astype(np.float64)
-    low = np.maximum(one[:, None, :2], other[None, :, :2])
-    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    inner = np.clip(high - low, 0, None).prod(axis=2)
-    areas = (one[:, 2:] - one[:, :2]).prod(axis=1)[:, None] + (other[:, 2:] - other[:, :2]).prod(axis=1)[None]
-    return np.divide(inner, areas - inner, out=np.zeros_like(inner), where=areas - inner > 0)
 
 
 def constant_box_iou(answers: Sequence[Answered]) -> float:
     """Return the mean IoU that the median true box scores on every picture: what can be had without looking."""
-    scaled = [one.truth / _sides(one) for one in answers if len(one.truth)]
+    scaled = [one.truth for one in answers if len(one.truth)]
     if not scaled:
         return math.nan
     median = np.median(np.concatenate(scaled), axis=0)
-    ious = [iou_matrix(one.truth / _sides(one), median[None]).max(axis=1) for one in answers if len(one.truth)]
+    ious = [best_iou(median[None], one.truth) for one in answers if len(one.truth)]
     return float(np.concatenate(ious).mean())
-
-
-def _sides(one: Answered) -> np.ndarray:
-    sides = (one.width or 1.0, one.height or 1.0)
-    return np.asarray([*sides, *sides], dtype=np.float64)
 
 
 def duplicate_share(answers: Sequence[Answered], above: float = 0.95) -> float:
     """Return the share of predicted boxes that repeat an earlier one of their picture."""
-    repeated = total = 0
-    for one in answers:
-        total += len(one.boxes)
-        near = np.triu(iou_matrix(one.boxes, one.boxes) > above, 1)
-        repeated += int(near.any(axis=0).sum())
+    total = sum(len(one.boxes) for one in answers)
+    repeated = sum(
+        int(best_iou(one.boxes[:i], one.boxes[i : i + 1])[0] > above)
+        for one in answers
+        for i in range(1, len(one.boxes))
+    )
     return repeated / total if total else 0.0
 
 
@@ -247,11 +214,7 @@ def fit_axes(answers: Sequence[Answered]) -> tuple[Fit, Fit] | None:
     Input: answers; only pictures with one true and one predicted box are used, for there is no doubt which belongs to which.
     Output: the fits of x and of y; None with fewer than eight such pictures, or where the truth hardly varies.
     """
-    pairs = [
-        (one.boxes[0] / _sides(one), one.truth[0] / _sides(one))
-        for one in answers
-        if len(one.boxes) == len(one.truth) == 1
-    ]
+    pairs = [(one.boxes[0], one.truth[0]) for one in answers if len(one.boxes) == len(one.truth) == 1]
     if len(pairs) < 8:
         return None
     predicted, truth = np.asarray([a for a, _ in pairs]), np.asarray([b for _, b in pairs])
@@ -297,12 +260,10 @@ def look_at_answers(answers: Sequence[Answered], *, limit: int | None = None) ->
             clues.append(Clue("E14", f"predictions are the truth, scaled: {told}", 0.9))
         elif min(x.r2, y.r2) > 0.8 and max(abs(x.offset), abs(y.offset)) > 0.05:
             clues.append(Clue("E14", f"predictions are the truth, shifted: {told}", 0.9))
-    boxes = [one.boxes / _sides(one) for one in answers if len(one.boxes)]
+    boxes = [one.boxes for one in answers if len(one.boxes)]
     if len(boxes) >= 8:
         firsts = np.asarray([each[0] for each in boxes])
-        truths = np.asarray(
-            [(one.truth / _sides(one))[0] for one in answers if len(one.boxes) and len(one.truth)]
-        ).reshape(-1, 4)
+        truths = np.asarray([(one.truth)[0] for one in answers if len(one.boxes) and len(one.truth)]).reshape(-1, 4)
         if firsts.std(axis=0).max() < 0.02 and len(truths) and truths.std(axis=0).max() > 0.05:
             clues.append(
                 Clue(
@@ -312,10 +273,12 @@ def look_at_answers(answers: Sequence[Answered], *, limit: int | None = None) ->
                 )
             )
     repeated = duplicate_share(answers)
-    lengths = [one.new_tokens for one in answers if one.new_tokens is not None]
-    at_limit = float(np.mean([length >= limit for length in lengths])) if lengths and limit else 0.0
+    hits = [one.truncated or (limit is not None and (one.new_tokens or 0) >= limit) for one in answers]
+    at_limit = float(np.mean(hits)) if hits else 0.0
     told = f"{repeated:.0%} of the predicted boxes repeat another one" + (
-        f", {at_limit:.0%} of the answers end at the limit of {limit} tokens" if at_limit else ""
+        f", {at_limit:.0%} of the answers end at the limit" + (f" of {limit} tokens" if limit else "")
+        if at_limit
+        else ""
     )
     if repeated > 0.1 or at_limit > 0.2:
         clues.append(Clue("E07", told))

@@ -1,0 +1,7 @@
+"""Checks of the stage model."""
+
+from __future__ import annotations
+
+from vlmdet.doctor.checks import Check
+
+CHECKS: tuple[Check, ...] = ()
