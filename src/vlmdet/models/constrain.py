@@ -31,8 +31,6 @@ from vlmdet.grounding.grammar import closing_pattern, first_corner, literal, ope
 
 _MARK = "\U0010fffd"
 """Private use: no text has it, and its first byte, F4, belongs to this plane alone."""
-_FUEL = 20_000_000
-"""The library's own limits are for grammars of strangers; a list of some thousand labels needs more."""
 
 
 class Constraint:
@@ -69,7 +67,6 @@ class Constraint:
             # a byte of the mark's plane is in no answer: b"" is never allowed
             self.bytes.append(mark + text if token in added else b"" if mark[:1] in text else text)
         self.tree = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Tokens(self.bytes, self.ends)))
-        self.limits = llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, step_lexer_fuel=_FUEL)
         # `<loc0001>`, `<loc0002>`, … begin alike, and the expressions have patterns for their numbers
         begins = {literal(re.sub(r"\d+>\Z", "", text)) for text in tokenizer.get_added_vocab()} - {""}
         self.begins = re.compile(
@@ -84,7 +81,7 @@ class Constraint:
         """Return the state of the library at the start of an expression."""
         marked = self.begins.sub(lambda begin: _MARK + begin[0], pattern)
         grammar = f'%llguidance {{"no_forcing": true}}\nstart: /{llguidance.regex_to_lark(marked)}/'
-        matcher = llguidance.LLMatcher(self.tree, grammar, limits=self.limits, log_level=0)
+        matcher = llguidance.LLMatcher(self.tree, grammar, log_level=0)
         _check(matcher)
         return matcher
 
