@@ -13,13 +13,25 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from vlmdet.cli.compare import add_compare
 from vlmdet.cli.data import add_convert, add_inspect
 from vlmdet.cli.evaluation import add_eval, add_predict
 from vlmdet.cli.other import add_demo, add_env
 from vlmdet.cli.training import add_merge, add_plan, add_train
 from vlmdet.errors import Stopped, VlmdetError
 
-VERBS = (add_demo, add_train, add_plan, add_inspect, add_convert, add_eval, add_predict, add_merge, add_env)
+VERBS = (
+    add_demo,
+    add_train,
+    add_plan,
+    add_inspect,
+    add_convert,
+    add_eval,
+    add_compare,
+    add_predict,
+    add_merge,
+    add_env,
+)
 """In the order of the help."""
 
 

@@ -60,6 +60,8 @@ def coco_figures(
     if constant_scores(results):
         refuse_constant(results, "the run", allowed=allow_constant_scores)
         return {name: value["mean"] for name, value in shuffled_figures(truth, results, seed=seed).items()}
+    if without := sum("score" not in entry for entry in results):
+        raise ConfigError(f"{without} of {len(results)} boxes have no score", "predict again with --scores")
     return document_figures(truth, results)
 
 
@@ -86,8 +88,9 @@ def document_figures(truth: Mapping[str, Any], results: Sequence[Mapping[str, An
 
 
 def constant_scores(results: Sequence[Mapping[str, Any]]) -> bool:
-    """Tell whether the order of results is arbitrary: two or more, and one score for all, or none."""
-    return len(results) > 1 and len({entry.get("score") for entry in results}) == 1
+    """Tell whether the order of results is arbitrary: no score at all, or one for two or more."""
+    scores = {entry.get("score") for entry in results}
+    return scores == {None} or (len(results) > 1 and len(scores) == 1)
 
 
 def refuse_constant(results: Sequence[Mapping[str, Any]], where: str, *, allowed: bool) -> None:

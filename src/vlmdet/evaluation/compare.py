@@ -14,7 +14,7 @@ import numpy as np
 
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.errors import ConfigError, DataError, did_you_mean
-from vlmdet.evaluation.metrics import FORMULAS, Row, count_images, interval, resample, sort_rows
+from vlmdet.evaluation.metrics import FORMULAS, Counts, Row, count_images, interval, resample, sort_rows
 
 LOWER_IS_BETTER = frozenset(
     {"count_error", "parse_failure_rate", "off_list_rate", "duplicate_rate", "truncation_rate", "error_rate"}
@@ -61,33 +61,61 @@ def paired_difference(
         ConfigError: no such metric, or `labels_asked` is empty.
         DataError: an id is missing in one of the runs or double, or an image's truth differs between them.
     """
-    if metric not in FORMULAS:
-        raise ConfigError(f"unknown metric '{metric}'", did_you_mean(metric, FORMULAS))
+    return paired_differences(
+        rows_a, rows_b, metrics=[metric], labels_asked=labels_asked, resamples=resamples, seed=seed
+    )[metric]
+
+
+def paired_differences(
+    rows_a: Sequence[Row],
+    rows_b: Sequence[Row],
+    *,
+    metrics: Sequence[str],
+    labels_asked: Sequence[str],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Tell the difference in several figures; each is that of `paired_difference`, and boxes are matched once.
+
+    Input, Raises: see there. Output: `{"f1_50": Difference, …}` in the order of `metrics`.
+    """
+    for metric in metrics:
+        if metric not in FORMULAS:
+            raise ConfigError(f"unknown metric '{metric}'", did_you_mean(metric, FORMULAS))
     a, b = sort_rows(rows_a), sort_rows(rows_b)
     _check_same_images(a, b)
-    if metric != "error_rate":
-        kept = [
-            (one, other) for one, other in zip(a, b, strict=True) if "error" not in (one["status"], other["status"])
-        ]
-        a, b = [one for one, _ in kept], [other for _, other in kept]
-    counts_a = count_images(a, labels_asked=labels_asked)
-    counts_b = count_images(b, labels_asked=labels_asked)
-    formula = FORMULAS[metric]
-    sums_a = resample(counts_a, resamples=resamples, seed=seed)
-    sums_b = resample(counts_b, resamples=resamples, seed=seed)  # the same n and seed: the same images
-    value, low, high = interval(formula(sums_b) - formula(sums_a))
+    counts = count_images(a, labels_asked=labels_asked), count_images(b, labels_asked=labels_asked)
+    answered = (counts[0]["error"] == 0) & (counts[1]["error"] == 0)
+    found = {}
+    for whole in (True, False):
+        asked = [metric for metric in metrics if (metric == "error_rate") == whole]
+        if asked:
+            sides = [side if whole else {name: part[answered] for name, part in side.items()} for side in counts]
+            found |= _differences(sides[0], sides[1], asked, resamples, seed)
+    return {metric: found[metric] for metric in metrics}
 
-    better = (formula(counts_b) - formula(counts_a)).round(9) * (-1 if metric in LOWER_IS_BETTER else 1)
-    has_better = metric != "boxes_per_image"
-    return {
-        "value": value,
-        "low": low,
-        "high": high,
-        "n": len(a),
-        "separable": low is not None and high is not None and not low <= 0 <= high,
-        "wins": int((better > 0).sum()) if has_better else None,
-        "losses": int((better < 0).sum()) if has_better else None,
-    }
+
+def _differences(a: Counts, b: Counts, metrics: Sequence[str], resamples: int, seed: int) -> dict[str, Difference]:
+    """Compare counts of the same n images."""
+    n = len(a["images"])
+    sums_a = resample(a, resamples=resamples, seed=seed)
+    sums_b = resample(b, resamples=resamples, seed=seed)  # the same n and seed: the same images
+    found: dict[str, Difference] = {}
+    for metric in metrics:
+        formula = FORMULAS[metric]
+        value, low, high = interval(formula(sums_b) - formula(sums_a))
+        better = (formula(b) - formula(a)).round(9) * (-1 if metric in LOWER_IS_BETTER else 1)
+        has_better = metric != "boxes_per_image"
+        found[metric] = {
+            "value": value,
+            "low": low,
+            "high": high,
+            "n": n,
+            "separable": low is not None and high is not None and not low <= 0 <= high,
+            "wins": int((better > 0).sum()) if has_better else None,
+            "losses": int((better < 0).sum()) if has_better else None,
+        }
+    return found
 
 
 def _check_same_images(a: Sequence[Row], b: Sequence[Row]) -> None:
