@@ -15,6 +15,7 @@ from typing import Any
 from vlmdet.config import find_recipe, load_settings
 from vlmdet.data.synthetic.packages import write_drawn_set
 from vlmdet.evaluation.compare import paired_difference
+from vlmdet.evaluation.comparison import write_comparison
 from vlmdet.evaluation.evaluate import evaluate
 from vlmdet.evaluation.files import read_predictions
 from vlmdet.evaluation.scoring import format_comparison, format_difference
@@ -80,6 +81,7 @@ def run_demo(
         metric: paired_difference(rows["base"], rows["tuned"], metric=metric, labels_asked=prepared.contract.labels)
         for metric in ("mean_best_iou", "f1_50")
     }
+    write_comparison(folder, labels_asked=prepared.contract.labels, seed=settings.evaluation.seed)
     picture = prepared.folder / "eval" / "test" / "tuned.png"
     draw_rows(samples[:12], rows["tuned"], columns=4).save(picture)
     seconds = time.monotonic() - started

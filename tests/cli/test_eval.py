@@ -90,6 +90,16 @@ def test_base_native_and_tuned_are_scored(scored: dict[str, Any]) -> None:
     ]
 
 
+def test_the_comparison_of_the_split_is_of_what_is_there(scored: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    file = Path("runs/mine/001/eval/test/comparison.json")
+    pairs = json.loads(file.read_text())["pairs"]
+    assert {(pair["a"], pair["b"]) for pair in pairs} == {("base", "tuned"), ("base_native", "tuned")}
+    copy = tmp_path / "copy"
+    shutil.copytree("runs/mine/001", copy, symlinks=True)
+    assert main(["eval", str(copy), "--limit", "3"]) == 0  # fewer pictures than the base was scored on
+    assert not (copy / "eval" / "test" / "comparison.json").exists()
+
+
 def test_the_same_command_asks_nothing_twice_unless_told(
     scored: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

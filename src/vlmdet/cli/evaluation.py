@@ -177,7 +177,7 @@ def _eval(args: argparse.Namespace) -> None:
         join(cpu=not torch.cuda.is_available())
     figures = _predict_all(args, folder, settings, contract, samples, split, gather if world_size() > 1 else None)
     if is_main():
-        _tell_all(args, folder / "eval" / split, contract, samples, figures, say)
+        _tell_all(args, folder / "eval" / split, contract, samples, figures, settings, say)
     leave()
 
 
@@ -233,7 +233,13 @@ def _predict_all(
 
 
 def _tell_all(
-    args: argparse.Namespace, place: Path, contract: Any, samples: Any, figures: dict[str, Any], say: Any
+    args: argparse.Namespace,
+    place: Path,
+    contract: Any,
+    samples: Any,
+    figures: dict[str, Any],
+    settings: Any,
+    say: Any,
 ) -> None:
     """Draw the first pictures, compare, and print."""
     from vlmdet.evaluation.compare import paired_difference
@@ -255,9 +261,26 @@ def _tell_all(
         }
         for metric, change in result[key].items():
             say(format_difference(metric, change, names=f"{last} - {other}"))
+    _compare(place, contract, figures, settings)
     say(f"predictions and pictures: {place}")
     if args.json:
         print(json.dumps(result))
+
+
+def _compare(place: Path, contract: Any, figures: dict[str, Any], settings: Any) -> None:
+    """Write `comparison.json` of the split anew, or delete one that is of other predictions than are there now."""
+    from vlmdet.errors import DataError
+    from vlmdet.evaluation.comparison import write_comparison
+
+    evaluation = settings.evaluation
+    if "tuned" not in figures:
+        return
+    try:
+        write_comparison(place, labels_asked=contract.labels, resamples=evaluation.resamples, seed=evaluation.seed)
+    except DataError:  # the base was scored on other pictures, or not at all
+        if "base" in figures:
+            raise
+        (place / "comparison.json").unlink(missing_ok=True)
 
 
 def _score_stored(args: argparse.Namespace) -> None:
