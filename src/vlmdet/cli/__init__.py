@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 from vlmdet.cli.compare import add_compare
 from vlmdet.cli.data import add_convert, add_inspect
-from vlmdet.cli.evaluation import add_eval, add_predict
+from vlmdet.cli.evaluation import add_eval
 from vlmdet.cli.other import add_demo, add_env
+from vlmdet.cli.predict import add_predict
 from vlmdet.cli.training import add_merge, add_plan, add_train
 from vlmdet.errors import Stopped, VlmdetError
 

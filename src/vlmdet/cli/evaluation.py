@@ -1,6 +1,6 @@
-"""Verbs on a trained model: eval and predict.
+"""The verb eval: a run, and its untuned base, scored on a split; or stored predictions scored again.
 
-When: after `vlmdet VERB` is known; a verb imports what it needs when it runs.
+When: after `vlmdet eval` is known; it imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -10,90 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlmdet.cli.common import (
-    add_json,
-    add_verb,
-    given,
-    make_say,
-    say_nothing,
-)
+from vlmdet.cli.common import add_json, add_verb, make_say, say_nothing
+from vlmdet.cli.engine import add_engine, contract_asked, engine_overrides, make_server
 from vlmdet.errors import ConfigError
-
-SCORES = ("token_probability", "first_token", "consistency", "none")
-
-
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say who answers, and how; each of them is a setting of `evaluation` or of the server."""
-    parser.add_argument("--engine", choices=("hf", "openai"), default="hf", help="a model here, or one behind a server")
-    parser.add_argument("--url", help="of an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
-    parser.add_argument("--served-name", metavar="MODEL", help="the name under which the server has the model")
-    parser.add_argument(
-        "--baseline",
-        metavar="CODEC",
-        help="the server has another model: ask it in this notation's words, e.g. plain_json",
-    )
-    parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default: 8)")
-    parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="seconds of one request (default: 120)"
-    )
-    parser.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that fails (default: 5)")
-    parser.add_argument(
-        "--constrain", action="store_true", default=None, help="write nothing but the notation and the labels"
-    )
-    parser.add_argument("--scores", choices=SCORES, help="where a box's score comes from (default: token_probability)")
-    parser.add_argument("--samples", type=int, metavar="K", help="answers that are drawn for --scores consistency")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures at once")
-    parser.add_argument("--max-errors", type=float, metavar="SHARE", help="of pictures that may fail (default: 0.05)")
-
-
-def _overrides(args: argparse.Namespace) -> list[str]:
-    """Turn the flags of the engine into dotted settings."""
-    flags = given(args, "constrain", "scores", "samples", "batch_size", "max_errors")
-    names = {"samples": "consistency_samples"}
-    return [f"evaluation.{names.get(key, key)}={json.dumps(value)}" for key, value in flags.items()]
-
-
-def _server(args: argparse.Namespace, processor: Any, contract: Any, evaluation: Any) -> Any:
-    """Make the engine of a server from the flags."""
-    if not args.url or not args.served_name:
-        raise ConfigError(
-            "--engine openai needs --url and --served-name", "e.g. --url http://127.0.0.1:8000 --served-name m"
-        )
-    from vlmdet.evaluation.rendering import Rendering
-    from vlmdet.evaluation.scores import TOKEN_SOURCES
-    from vlmdet.evaluation.server import openai_engine
-    from vlmdet.grounding.grammar import answer_pattern
-    from vlmdet.models.answers import MAX_BOXES
-
-    return openai_engine(
-        args.url,
-        args.served_name,
-        contract=contract,
-        rendering=None if args.baseline else Rendering(processor, contract),
-        max_new_tokens=evaluation.max_new_tokens,
-        concurrency=args.concurrency,
-        timeout=args.timeout,
-        retries=args.retries,
-        logprobs=evaluation.scores in TOKEN_SOURCES,
-        constrain=(lambda view: answer_pattern(contract.codec, contract.labels, view, MAX_BOXES))
-        if evaluation.constrain
-        else None,
-        samples=evaluation.consistency_samples if evaluation.scores == "consistency" else 0,
-        seed=evaluation.seed,
-    )
-
-
-def _asked(args: argparse.Namespace, contract: Any) -> Any:
-    """Return the contract by which a server is asked: the run's, or a baseline's own words for the same pictures and labels."""
-    from vlmdet.evaluation.native import native_contract
-    from vlmdet.grounding import get_codec
-
-    if args.baseline is None:
-        return contract
-    if args.engine != "openai":
-        raise ConfigError("--baseline is of a model behind a server", "add --engine openai --url … --served-name …")
-    get_codec(args.baseline)
-    return native_contract(contract, args.baseline)
 
 
 def add_eval(verbs: Any) -> None:
@@ -154,7 +73,7 @@ def _eval(args: argparse.Namespace) -> None:
     from vlmdet.data.select import check_places, write_problems
     from vlmdet.errors import DataError, did_you_mean
 
-    settings = load_settings(folder / "config.yaml", _overrides(args))
+    settings = load_settings(folder / "config.yaml", engine_overrides(args))
     contract = Contract.read(folder)
 
     from vlmdet.training.prepare import read_data
@@ -199,8 +118,8 @@ def _predict_all(
     if args.engine == "openai":
         merged = (folder / "merge.json").is_file()
         processor = load_processor(str(folder if merged else (folder / "checkpoints" / "best").resolve()), **limits)
-        contract = _asked(args, contract)
-        engine = _server(args, processor, contract, settings.evaluation)
+        contract = contract_asked(args, contract)
+        engine = make_server(args, processor, contract, settings.evaluation)
         name = f"{'baseline' if args.baseline else 'openai'}{more}"
         meta = {"name": name, "split": split, "engine": "openai", "url": args.url, "served_name": args.served_name}
         del common["split"], common["batch_size"]
@@ -319,89 +238,3 @@ def _calibrate(rows: list[Any], on: Path, labels: tuple[str, ...]) -> tuple[list
     before, after = (calibration_error(*scored_hits(some, labels_asked=labels)) for some in (rows, changed))
     errors = {"error_before": before, "error_after": after} if before == before else {}  # without a box there is none
     return changed, {"method": "platt", **asdict(fitted), **errors}
-
-
-def add_predict(verbs: Any) -> None:
-    """Describe `vlmdet predict`."""
-    predict = add_verb(
-        verbs, "predict", _predict, "find objects in pictures: JSON lines, and the pictures with boxes drawn",
-        [
-            "vlmdet predict photo.jpg --model runs/demo",
-            "vlmdet predict *.jpg --model runs/demo --out drawn/",
-            'vlmdet predict photo.jpg --model tiny --classes "red star"',
-        ],
-    )  # fmt: skip
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    predict.add_argument("--model", required=True, help="a run, tiny, a hub id, or a folder of weights")
-    predict.add_argument("--classes", action="append", metavar="NAME", help="what to look for; a run brings its own")
-    predict.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the drawn pictures")
-    predict.add_argument("--min-pixels", type=int, help="for a base other than tiny")
-    predict.add_argument("--max-pixels", type=int, help="for a base other than tiny")
-    add_engine(predict)
-
-
-def _predict(args: argparse.Namespace) -> None:
-    from vlmdet.images import open_image
-
-    sizes = [open_image(path).size for path in args.images]
-
-    from vlmdet.boxes import Boxes
-    from vlmdet.config import load_settings
-    from vlmdet.contract import refuse_mismatch
-    from vlmdet.evaluation.evaluate import scorer
-    from vlmdet.evaluation.predict import predict
-    from vlmdet.evaluation.scores import TOKEN_SOURCES
-    from vlmdet.models.inference import MAX_NEW_TOKENS, hf_engine
-    from vlmdet.models.loader import load, make_contract
-    from vlmdet.records import Sample
-    from vlmdet.utils.visualization import visualize_bbox_on_image
-
-    loaded = load(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-    labels = tuple(args.classes or (loaded.contract.labels if loaded.contract else ()))
-    if not labels:
-        raise ConfigError(f"{args.model} is no run, so it does not know what to look for", "name it with --classes")
-    contract = make_contract(
-        loaded,
-        labels=labels,
-        codec=loaded.contract.codec if loaded.contract else "auto",
-        box_order="raster",
-        max_new_tokens=MAX_NEW_TOKENS,
-        data_fingerprint="",
-    )
-    if loaded.contract is not None:
-        refuse_mismatch(loaded.contract, contract)
-    samples = [
-        Sample(str(path), path, width, height, Boxes.empty(), (), source=str(path))
-        for path, (width, height) in zip(args.images, sizes, strict=True)
-    ]
-    evaluation = load_settings(None, _overrides(args)).evaluation
-    contract = _asked(args, contract)
-    if args.engine == "openai":
-        engine = _server(args, loaded.processor, contract, evaluation)
-    else:
-        engine = hf_engine(
-            loaded,
-            contract=contract,
-            batch_size=evaluation.batch_size,
-            max_new_tokens=evaluation.max_new_tokens,
-            logprobs=evaluation.scores in TOKEN_SOURCES,
-            constrain=evaluation.constrain,
-            samples=evaluation.consistency_samples if evaluation.scores == "consistency" else 0,
-        )
-    rows = predict(
-        engine,
-        samples,
-        contract=contract,
-        max_errors=evaluation.max_errors,
-        score=scorer(evaluation.scores, contract),
-        score_source=evaluation.scores,
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    taken: set[Path] = set()
-    for row, path in zip(rows, args.images, strict=True):
-        drawn = args.out / f"{path.stem}.png"
-        while drawn in taken:  # two pictures of one name from different folders
-            drawn = drawn.with_stem(f"{drawn.stem}-again")
-        taken.add(drawn)
-        visualize_bbox_on_image(open_image(path), row["boxes"], row["labels"]).save(drawn)
-        print(json.dumps({**{key: value for key, value in row.items() if key != "truth"}, "drawn": str(drawn)}))
