@@ -33,24 +33,25 @@ def pixels(text: str, width: int, height: int) -> list[list[float]]:
     return [[a * width / 1000, b * height / 1000, c * width / 1000, d * height / 1000] for a, b, c, d in every(text)]
 
 
-@pytest.mark.parametrize(("parse", "space"), [(every, "per_mille"), (pixels, "original pixels")])
+@pytest.mark.parametrize(("parse", "space"), [(every, "per_mille"), (pixels, "pixel")])
 def test_right_parsers_read_everything_back(parse: Any, space: str) -> None:
     found = read_back(parse, TARGETS)
-    assert found.iou > 0.98 and (found.order, found.space) == ("xyxy", space)
+    assert found.iou > 0.98 and str(found.space) == f"xyxy/{space}"
     assert (found.found, found.wanted, found.failure) == (3, 3, "")
 
 
 def test_the_first_box_alone() -> None:
     found = read_back(lambda text: every(text)[:1], TARGETS)
     assert found.per_row == ((1, 1), (1, 2))
-    assert found.iou == pytest.approx(2 / 3, abs=0.01)
+    assert found.worst == (TARGETS[1], "[[100.0, 200.0, 600.0, 300.0]]")
+    assert found.iou == pytest.approx(2 / 3, abs=0.01)  # the missing one counts 0
 
 
 def test_swapped_axes_and_a_size_for_the_far_corner() -> None:
     swapped = read_back(lambda text: [[b, a, d, c] for a, b, c, d in every(text)], TARGETS)
-    assert swapped.order == "yxyx" and swapped.iou > 0.98 > swapped.declared
+    assert str(swapped.space) == "yxyx/per_mille" and swapped.iou > 0.98
     sized = read_back(lambda text: [[a, b, c - a, d - b] for a, b, c, d in every(text)], TARGETS)
-    assert sized.order == "xywh"
+    assert str(sized.space) == "xywh/per_mille"
 
 
 def test_the_resized_picture() -> None:
@@ -58,7 +59,7 @@ def test_the_resized_picture() -> None:
         sides = {640: (644, 476), 300: (308, 896)}[width]
         return pixels(text, *sides)
 
-    assert read_back(resized, TARGETS).space == "resized pixels"
+    assert str(read_back(resized, TARGETS).space) == "xyxy/resized"
 
 
 def test_what_it_raises_is_told_with_its_line() -> None:

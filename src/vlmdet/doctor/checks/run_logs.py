@@ -1,7 +1,7 @@
 """Checks of a finished run: its log, and its answers against the truth.
 
-When: WHEN WRONG; from a directory as any trainer left it. What they settle belongs to several stages of the catalogue, since a run
-shows the consequence of a mistake that was made anywhere. `forensics.py` does the arithmetic.
+When: WHEN WRONG; from a directory as any trainer left it. What they settle belongs to several stages of the catalogue, since a
+run shows the consequence of a mistake that was made anywhere. `forensics.py` does the arithmetic.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _CAUSES = {
     "O10": "the weights that the loss depends on are not changed by the optimiser",
-    "M01": "no parameter is trainable when training starts: a freeze policy, or a second preparation of a quantised model, undid it",
+    "M01": "no parameter is trainable when training starts: a freeze policy, or a second preparation of a 4-bit model, undid it",
     "L02": "no token of any row carries loss: a mask that finds no answer, or rows cut before it",
     "O01": "the learning rate is too low for so few steps, or what trains cannot change the answer",
     "O02": "the rate is too high, or the data too few, for what trains: it learns the training rows by heart",
@@ -96,7 +96,8 @@ def steps_as_planned(evidence: Evidence) -> Outcome:
         peak = float(rates[0][int(rates[1].argmax())])
         if peak > 0.25 * planned and rates[1][0] < rates[1].max() * 0.9:
             yield found(
-                "O06", where=f"{run.path}/trainer_state.json", cause="the warm-up is long for so few steps, or was reckoned for more",
+                "O06", where=f"{run.path}/trainer_state.json",
+                cause="the warm-up is long for so few steps, or was reckoned for more",
                 evidence=f"the learning rate rises until step {peak:.0f} of {planned}",
             )  # fmt: skip
         else:
@@ -108,7 +109,8 @@ def steps_as_planned(evidence: Evidence) -> Outcome:
         wanted = np.ceil(rows / (batch * accumulated * world)) * (options.number("num_train_epochs", 3) or 3)
         if options.number("max_steps") is None and abs(planned - wanted) > max(0.1 * wanted, 2):
             yield found(
-                "O11", where=f"{run.path}/trainer_state.json", evidence=f"{planned} steps were made, {wanted:.0f} follow from the settings",
+                "O11", where=f"{run.path}/trainer_state.json",
+                evidence=f"{planned} steps were made, {wanted:.0f} follow from the settings",
                 cause="the batch was shared among another number of devices, or accumulated otherwise, than was believed",
             )  # fmt: skip
         else:
@@ -137,7 +139,7 @@ def answers_against_truth(evidence: Evidence) -> Outcome:
 
 @check("E16", "E08", "E11", needs=("run_dir",))
 def base_against_tuned(evidence: Evidence) -> Outcome:
-    """Compare the answers of two sets: equal ones were made by one model; a base below the no-information level was asked wrongly."""
+    """Compare the answers of two sets: equal ones were made by one model; a base that sees nothing was asked wrongly."""
     sets = _answers(evidence)
     run = evidence.run()
     base = next((name for name in sets if role_of(name) == "base"), None)
@@ -149,7 +151,8 @@ def base_against_tuned(evidence: Evidence) -> Outcome:
         same, n = same_answers(sets[one], sets[other])
         if n >= 8 and same > 0.95:
             yield found(
-                "E16", where=f"{run.path}: {one} and {other}", evidence=f"{same:.0%} of {n} answers are the same, letter by letter",
+                "E16", where=f"{run.path}: {one} and {other}",
+                evidence=f"{same:.0%} of {n} answers are the same, letter by letter",
                 cause="both were made by one model: the adapter is missing, switched off, or another path was loaded",
             )  # fmt: skip
         elif n >= 8:
