@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -133,7 +133,7 @@ def read_truth(path: str | Path, *, drop_unusable: bool = False) -> Truth:
     )
     sizes = _sizes(images, kept, notes)
     true: list[dict[str, Any]] = [{"boxes": [], "labels": [], "ignore": []} for _ in images]
-    written = []
+    written: list[dict[str, Any]] = []
     for image, category, box, entry in kept:
         true[image]["boxes"].append(_fractions(box, sizes[image]))
         true[image]["labels"].append(names[category])
@@ -507,5 +507,5 @@ def _ranks(keys: Sequence[Any]) -> list[int]:
     return ranks
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
