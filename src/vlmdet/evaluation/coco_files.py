@@ -445,9 +445,11 @@ def _sizes(
     sizes, missing = [], 0
     for entry, least in zip(images, need, strict=True):
         wide, high = entry.get("width"), entry.get("height")
-        good = _is_number(wide) and _is_number(high) and min(float(wide), float(high)) >= 1
-        missing += not good
-        sizes.append((round(float(wide)), round(float(high))) if good else (math.ceil(least[0]), math.ceil(least[1])))
+        if _is_number(wide) and _is_number(high) and min(wide, high) >= 1:
+            sizes.append((round(wide), round(high)))
+        else:
+            missing += 1
+            sizes.append((math.ceil(least[0]), math.ceil(least[1])))
     if missing:
         notes.append(
             f"{missing} pictures have no width and height: what their true boxes need stands for it; no figure depends on it"
