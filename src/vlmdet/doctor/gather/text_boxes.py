@@ -115,11 +115,11 @@ def paired_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
 
 
-def best_iou(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return for each true box (n, 4) its best IoU with any of boxes (m, 4): (n,)."""
-    if not len(boxes) or not len(truth):
-        return np.zeros(len(truth))
-    return np.stack([paired_iou(np.broadcast_to(one, boxes.shape), boxes).max() for one in truth])
+def best_iou(candidates: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return for each box (n, 4) its best IoU with any of the candidates (m, 4): (n,)."""
+    if not len(candidates) or not len(boxes):
+        return np.zeros(len(boxes))
+    return np.stack([paired_iou(np.broadcast_to(one, candidates.shape), candidates).max() for one in boxes])
 
 
 def read_space(
@@ -132,7 +132,8 @@ def read_space(
 
     Input: for each row the numbers of its target (m, 4), the true boxes (n, 4) as fractions, width and height of the upright
     picture, and, where known, of the picture as the model sees it.
-    Output: the best reading; None where there is no box to compare.
+    Output: the best reading, by the best IoU of each box of a target with any true one (so a target that leaves boxes out is still
+    read); None where there is no box to compare.
     """
     rows = [i for i in range(len(numbers)) if len(numbers[i]) and len(truth[i])]
     if not rows:
@@ -152,7 +153,7 @@ def read_space(
         for order in ("xyxy", "yxyx", "xywh", "cxcywh"):
             values = []
             for scale, i in zip(scales, rows, strict=True):
-                values.append(best_iou(corners_of(numbers[i], order) / scale, truth[i]))
+                values.append(best_iou(truth[i], corners_of(numbers[i], order) / scale))
             every = np.concatenate(values)
             counted = len(every)
             scores[order, unit] = float(every.mean())
