@@ -18,6 +18,7 @@ from vlmdet.cli.data import add_convert, add_inspect
 from vlmdet.cli.evaluation import add_eval
 from vlmdet.cli.other import add_demo, add_env
 from vlmdet.cli.predict import add_predict
+from vlmdet.cli.report import add_report
 from vlmdet.cli.training import add_merge, add_plan, add_train
 from vlmdet.errors import Stopped, VlmdetError
 
@@ -30,6 +31,7 @@ VERBS = (
     add_eval,
     add_compare,
     add_predict,
+    add_report,
     add_merge,
     add_env,
 )
