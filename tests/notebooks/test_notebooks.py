@@ -23,6 +23,7 @@ def test_there_are_notebooks() -> None:
         "01_dataset_exploration",
         "02_model_understanding",
         "03_data_preprocessing",
+        "04_evaluation_analysis",
         "fine_tuning_vlm_for_object_detection_trl",
     }
 
