@@ -106,6 +106,7 @@ def lines(
         bottom = 0.0
     if bottom == top:
         bottom, top = (0.0, top) if top > 0 else (bottom - 1, top + 1)
+    ticks = _ticks(left, right)
     if left == right:
         left, right = left - 1, right + 1
     drawn = []
@@ -125,7 +126,7 @@ def lines(
         _FRAME,
         title=title,
         what="; ".join(_tell(line) for line in series),
-        across=[(_x(tick, left, right), _short(tick)) for tick in _ticks(left, right)],
+        across=[(_x(tick, left, right), _short(tick)) for tick in ticks],
         up=[(_y(tick, bottom, top), _short(tick)) for tick in _ticks(bottom, top)],
         across_name=across_name,
         marks=html.render(_LINE, lines=drawn),

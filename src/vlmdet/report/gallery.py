@@ -43,7 +43,6 @@ _WORDS = {
     "found": "found",
     "missed": "missed",
 }
-_CHIPS = {"both": "wrong class and place", "background": "false"}
 _LONGEST_TEXT = 2000
 _SHORT_TEXT = 400
 _MOST_BOXES = 200  # that are drawn of a list: an answer that repeats itself may have thousands
@@ -99,7 +98,7 @@ def make_card(split: Split, key: str, *, number: int, labels: Mapping[str, int])
     names = {label for _, row in rows for label in (*row["truth"]["labels"], *row["labels"]) if label is not None}
     head = html.render(
         '<article class="card" data-number="{{ number }}" data-labels=" {{ labels }} " aria-label="{{ key }}">'
-        "<h4>{{ key }}</h4><p class=faint>{{ width }} × {{ height }} pixels{% if truth %} · true: {{ truth }}{% endif %}</p>"
+        '<h3>{{ key }}</h3><p class="faint">{{ width }} × {{ height }} pixels · true: {{ truth }}</p>'
         '<div class="panels">\n',
         number=number,
         key=key,
@@ -127,7 +126,7 @@ _AFTER = """{{ overlay }}</div>
 {% if error %}<p class="alarm">{{ error }}</p>{% endif %}
 {% if folded %}<details><summary>Answer, {{ length }} characters</summary>{{ text }}</details>{% else %}{{ text }}{% endif %}
 {% if problems %}<ul class="faint">{% for line in problems %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
-{% if boxes %}<details><summary>{{ boxes | length }} {{ 'box' if boxes | length == 1 else 'boxes' }}</summary>
+{% if boxes %}<details><summary>{{ count }}</summary>
 <ol>{% for line in boxes %}<li>{{ line }}</li>{% endfor %}</ol></details>{% endif %}
 </figure>
 """
@@ -179,6 +178,7 @@ def _panel(model: Scored, row: Mapping[str, Any], match: Mapping[str, Any], *, m
         folded=len(text) > _SHORT_TEXT,
         length=f"{len(text):,}",
         problems=_first(problems, 10),
+        count=f"Boxes: {len(row['boxes'])} predicted, {len(row['truth']['boxes'])} true",
         boxes=_first(list(_tell_boxes(row, predicted, truth, scores)), 2 * _MOST_BOXES),
     )
     return before, after

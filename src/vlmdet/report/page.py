@@ -105,7 +105,7 @@ def _verdict(run: Run) -> Markup:
 
 
 def _figures(split: Split) -> Iterator[Markup]:
-    yield tables.part("Models", tables.models_table(split))
+    yield tables.part("Models, with 95 % intervals over pictures", tables.models_table(split))
     if coco := tables.coco_table(split):
         yield tables.part("Average precision", coco)
     yield from _tables(split, split.main)
@@ -130,10 +130,10 @@ def _tables(split: Split, model: Scored) -> Iterator[Markup]:
 def _charts(split: Split) -> Iterator[Markup]:
     made = [_histogram(f"{called(model)}: IoU", model.results.get("iou_histogram"), "IoU") for model in split.models]
     if drawn := [one for one in made if one]:
-        yield tables.part("How well boxes fit", html.grid(drawn, least="18rem"))
+        yield tables.part("How well boxes fit", html.grid(drawn, least="23rem"))
     curves = [_score_curve(model) for model in split.models]
     if drawn := [one for one in curves if one]:
-        yield tables.part("Precision, recall and F1 against score", html.grid(drawn, least="18rem"))
+        yield tables.part("Precision, recall and F1 against score", html.grid(drawn, least="23rem"))
     offsets = mapping(split.main.results.get("offsets"))
     sides = {"x": "centre, across", "y": "centre, down", "w": "width", "h": "height"}
     made = [
@@ -142,7 +142,7 @@ def _charts(split: Split) -> Iterator[Markup]:
     ]
     if drawn := [one for one in made if one]:
         note = "Matched pairs: positive is too far right, too far down, too wide, too high."
-        yield tables.part("Where boxes miss", html.paragraph(note, style="faint"), html.grid(drawn, least="18rem"))
+        yield tables.part("Where boxes miss", html.paragraph(note, style="faint"), html.grid(drawn, least="23rem"))
 
 
 def _histogram(title: str, value: object, across_name: str, *, zero: bool = False) -> Markup | None:
@@ -150,7 +150,7 @@ def _histogram(title: str, value: object, across_name: str, *, zero: bool = Fals
     edges = [number_of(edge) for edge in sequence(histogram.get("edges"))]
     counts = [number_of(count) for count in sequence(histogram.get("counts"))]
     known_edges, known = [edge for edge in edges if edge is not None], [one for one in counts if one is not None]
-    if not known or len(known_edges) != len(known) + 1 or known_edges != sorted(set(known_edges)):
+    if not any(known) or len(known_edges) != len(known) + 1 or known_edges != sorted(set(known_edges)):
         return None
     median = number_of(histogram.get("median"))
     note = "" if median is None else f"median {median:+.3f}".replace("-", "−")
@@ -196,7 +196,7 @@ def _training(run: Run) -> Iterator[Markup]:
         drawn = list(_stage_charts(stage))
         if drawn:
             title = f"Stage {number}: {stage.name}" if len(run.stages) > 1 else "Curves"
-            yield tables.part(title, html.grid(drawn, least="18rem"))
+            yield tables.part(title, html.grid(drawn, least="23rem"))
 
 
 def _stage_charts(stage: Stage) -> Iterator[Markup]:

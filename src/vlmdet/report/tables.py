@@ -11,11 +11,10 @@ from typing import Any
 from markupsafe import Markup
 
 from vlmdet.report.reading import Scored, Split, mapping, number_of, sequence
-from vlmdet.report.verdict import METRICS, called, find_pairs, plain, signed, span
+from vlmdet.report.verdict import METRICS, Pair, called, find_pairs, plain, signed, span
 from vlmdet.utils import html
 
 _OF_CLASS = ("precision_50", "recall_50", "f1_50", "f1", "mean_best_iou", "mean_matched_iou")
-_COUNTS = frozenset({"boxes_per_image", "count_error"})
 _ERRORS = {
     "class": ("wrong class", "right place, wrong label"),
     "localisation": ("badly placed", "right label, IoU below 0.5"),
@@ -48,33 +47,24 @@ def models_table(split: Split) -> Markup:
     pairs = find_pairs(split, split.base.name, split.main.name) if split.base else {}
     head = ["figure", *(called(model) for model in split.models)]
     if pairs:
-        head.append(f"{called(split.main)} − base")
+        head += [f"{called(split.main)} − base", "separable", "pictures better / worse"]
     rows = []
     for name in names:
         row: list[Any] = [METRICS[name], *(cell(one.get(name)) for one in figures)]
         if pairs:
-            pair = pairs.get(name)
-            row.append(_difference(pair.difference, separable=pair.separable) if pair else "")
+            row += _difference(pairs[name]) if name in pairs else ["–", "", ""]
         rows.append(row)
     return html.table(
         head, rows, numbers=range(1, len(head)), row_heads=True,
-        caption=f"Figures on {split.name}, with 95 % intervals over pictures",
+        caption=f"Figures of each model on {split.name}",
     )  # fmt: skip
 
 
-def _difference(difference: Mapping[str, Any], *, separable: bool) -> Markup:
-    template = (
-        "<b>{{ value }}</b><small>{{ span }}</small><small>{{ word }}{% if wins is not none %}; better on {{ wins }}, "
-        "worse on {{ losses }}{% endif %}</small>"
-    )
-    return html.render(
-        template,
-        value=signed(difference.get("value")),
-        span=span(difference),
-        word="separable" if separable else "not separable",
-        wins=difference.get("wins"),
-        losses=difference.get("losses"),
-    )
+def _difference(pair: Pair) -> list[str | Markup]:
+    one = pair.difference
+    value = html.render("<b>{{ value }}</b><small>{{ span }}</small>", value=signed(one.get("value")), span=span(one))
+    counted = one.get("wins") is not None and one.get("losses") is not None
+    return [value, "yes" if pair.separable else "no", f"{one['wins']} / {one['losses']}" if counted else "–"]
 
 
 def classes_table(split: Split, model: Scored) -> Markup | None:

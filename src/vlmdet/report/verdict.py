@@ -34,6 +34,9 @@ NAMES = {"base": "base", "base_native": "base, own prompt", "tuned": "tuned"}
 """How the models of a run are called on the page."""
 
 
+_FIRST = "95\u00a0% interval "  # said once in a sentence
+
+
 @dataclass(frozen=True)
 class Pair:
     """A paired difference of comparison.json: b - a."""
@@ -88,7 +91,7 @@ def verdict(split: Split, folder: str) -> str:
     figure = mapping(mapping(main.results.get("figures")).get("f1_50"))
     n = mapping(main.results.get("meta")).get("n", figure.get("n"))
     where = f"On {n} pictures of the split {split.name}"
-    reached = f"F1@0.5 is {plain(figure.get('value'))}{_interval(figure)}"
+    reached = f"F1@0.5 is {plain(figure.get('value'))}{_interval(figure, _FIRST)}"
     if base is None:
         return (
             f"{where}, the model {called(main)} was scored alone: {reached}. What training gained is not known until "
@@ -158,6 +161,6 @@ def conditions(run: Run, split: Split) -> Iterator[tuple[str, str]]:
     yield "intervals", intervals
 
 
-def _interval(figure: Mapping[str, Any]) -> str:
+def _interval(figure: Mapping[str, Any], before: str = "") -> str:
     text = span(figure)
-    return f" (95 % interval {text})" if text else ""
+    return f" ({before}{text})" if text else ""
