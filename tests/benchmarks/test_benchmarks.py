@@ -100,3 +100,14 @@ def test_sides_take_turns_in_processes_of_their_own() -> None:
     assert result["largest_loss_difference"]["order"] <= 1e-4
     assert set(result["ratio_to_trl"]["order"]) == {"first", "later", "all"}
     assert result["supervised_tokens_an_epoch"] > 4 * 2  # at least a word and an end token a row
+
+
+def test_both_sides_of_the_metrics_have_the_same_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["metrics.py", "--pictures", "20", "--classes", "3", "--rounds", "1"])
+    load("metrics").main()
+    (line,) = capsys.readouterr().out.splitlines()
+    result = json.loads(line)["coco"]
+    assert result["largest_difference"] <= 1e-6
+    assert 0 < result["AP"] < 1
