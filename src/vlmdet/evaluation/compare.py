@@ -86,7 +86,7 @@ def paired_differences(
     _check_same_images(a, b)
     counts = count_images(a, labels_asked=labels_asked), count_images(b, labels_asked=labels_asked)
     answered = (counts[0]["error"] == 0) & (counts[1]["error"] == 0)
-    found = {}
+    found: dict[str, Difference] = {}
     for whole in (True, False):
         asked = [metric for metric in metrics if (metric == "error_rate") == whole]
         if asked:
