@@ -17,7 +17,10 @@ def answer_text(scene: Any) -> str:
     w, h = scene.width, scene.height
     return json.dumps(
         [
-            {"bbox_2d": [round(a * 1000 / w), round(b * 1000 / h), round(c * 1000 / w), round(d * 1000 / h)], "label": name}
+            {
+                "bbox_2d": [round(a * 1000 / w), round(b * 1000 / h), round(c * 1000 / w), round(d * 1000 / h)],
+                "label": name,
+            }
             for (a, b, c, d), name in zip(scene.boxes, scene.labels, strict=True)
         ]
     )

@@ -55,9 +55,7 @@ def mean_overlap(predictions: Any, truths: Any) -> float:
         if not boxes and not wanted:
             values.append(1.0)
             continue
-        pairs = sorted(
-            ((overlap(b, w), i, j) for i, b in enumerate(boxes) for j, w in enumerate(wanted)), reverse=True
-        )
+        pairs = sorted(((overlap(b, w), i, j) for i, b in enumerate(boxes) for j, w in enumerate(wanted)), reverse=True)
         used_b: set[int] = set()
         used_w: set[int] = set()
         total = 0.0
