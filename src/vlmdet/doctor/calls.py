@@ -132,7 +132,12 @@ def build_collator(collate: Any, *, processor: Any, model: Any, settings: Mappin
     Raises:
         UserCodeError: building it failed.
     """
-    given = {"processor": processor, "tokenizer": getattr(processor, "tokenizer", processor), "model": model, **settings}
+    given = {
+        "processor": processor,
+        "tokenizer": getattr(processor, "tokenizer", processor),
+        "model": model,
+        **settings,
+    }
     given = {key: value for key, value in given.items() if value is not None}
     names = list(parameters_of(collate))
     if inspect.isclass(collate):
@@ -144,7 +149,11 @@ def build_collator(collate: Any, *, processor: Any, model: Any, settings: Mappin
             and one.name not in keywords
             and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
         ]
-        if not keywords and not missing and any(one.kind == one.VAR_POSITIONAL for one in parameters_of(collate).values()):
+        if (
+            not keywords
+            and not missing
+            and any(one.kind == one.VAR_POSITIONAL for one in parameters_of(collate).values())
+        ):
             built = call("collate", collate, processor)
         elif missing:  # unknown names: in the order in which collators are usually built
             built = call("collate", collate, *[processor, model][: len(missing) + len(keywords)])
@@ -152,7 +161,9 @@ def build_collator(collate: Any, *, processor: Any, model: Any, settings: Mappin
             built = call("collate", collate, **keywords)
         return built if callable(built) else built.collate
     first = names[0].lower() if names else ""
-    if first in ("processor", "proc", "tokenizer", "model") and not any(name.lower().startswith(_EXAMPLES) for name in names):
+    if first in ("processor", "proc", "tokenizer", "model") and not any(
+        name.lower().startswith(_EXAMPLES) for name in names
+    ):
         return call("collate", collate, **fill(collate, given))
     extra = {key: value for key, value in fill(collate, given).items() if key != (names[0] if names else "")}
     if extra:
@@ -167,7 +178,12 @@ def call_parse(parse: Callable[..., Any], text: str, width: int, height: int, **
     known = {"width": width, "height": height, "w": width, "h": height, "image_width": width, "image_height": height}
     known |= {"img_width": width, "img_height": height, "img_w": width, "img_h": height, "orig_width": width}
     known |= {"orig_height": height, "original_width": width, "original_height": height}
-    known |= {"size": (width, height), "image_size": (width, height), "wh": (width, height), "resolution_wh": (width, height)}
+    known |= {
+        "size": (width, height),
+        "image_size": (width, height),
+        "wh": (width, height),
+        "resolution_wh": (width, height),
+    }
     known |= {"hw": (height, width), **more}
     keywords = {one.name: known[one.name] for one in list(parameters.values())[1:] if one.name in known}
     required = [one for one in names[1:] if one.default is one.empty and one.name not in keywords]
@@ -211,7 +227,9 @@ def as_boxes(value: Any) -> list[tuple[str | None, list[float]]]:
     value = plain(value)
     if isinstance(value, tuple) and len(value) == 2 and not _is_number(value[0]):
         first, second = plain(value[0]), plain(value[1])
-        if first is not None and (not second or not _is_box(second[0] if isinstance(second, (list, tuple)) else second)):
+        if first is not None and (
+            not second or not _is_box(second[0] if isinstance(second, (list, tuple)) else second)
+        ):
             labels = second if isinstance(second, (list, tuple)) and len(second) == len(first) else [None] * len(first)
             return [(_label(label), _four(box)) for label, box in zip(labels, first, strict=False)]
     if not isinstance(value, (list, tuple)):
@@ -233,7 +251,11 @@ def as_boxes(value: Any) -> list[tuple[str | None, list[float]]]:
             boxes_out.append((one[0], _four(one[1:5])))
         elif isinstance(one, (list, tuple)) and len(one) >= 5 and all(map(_is_number, one[:4])):
             boxes_out.append((one[-1] if isinstance(one[-1], str) else None, _four(one[:4])))
-        elif isinstance(one, (list, tuple)) and len(one) == 2 and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in one):
+        elif (
+            isinstance(one, (list, tuple))
+            and len(one) == 2
+            and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in one)
+        ):
             boxes_out.append((None, _four([*one[0], *one[1]])))
         else:
             raise NotAvailable(f"boxes in a form that is known, not {str(one)[:80]}")
@@ -284,7 +306,19 @@ def number_of(value: Any) -> float:
         return float(value)
     if isinstance(value, Mapping):
         numbers = {str(key).lower(): plain(one) for key, one in value.items() if _is_number(plain(one))}
-        for wanted in ("f1", "f1_50", "f1@0.5", "map", "ap50", "map_50", "mean_iou", "miou", "iou", "score", "accuracy"):
+        for wanted in (
+            "f1",
+            "f1_50",
+            "f1@0.5",
+            "map",
+            "ap50",
+            "map_50",
+            "mean_iou",
+            "miou",
+            "iou",
+            "score",
+            "accuracy",
+        ):
             if wanted in numbers:
                 return float(numbers[wanted])
         if numbers:

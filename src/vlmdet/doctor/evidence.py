@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vlmdet.boxes import BoxFormat, Boxes
+from vlmdet.boxes import Boxes, BoxFormat
 from vlmdet.doctor.calls import NotAvailable, UserCodeError, build_collator, call, fill, parameters_of
 from vlmdet.doctor.gather import conversations
 from vlmdet.doctor.gather.annotations import Annotation, Rows, class_names, read_annotation, sample_rows
@@ -44,7 +44,16 @@ BATCHED = 24
 """Rows that go through the user's collator one by one."""
 
 _T = TypeVar("_T")
-END_WORDS = ("<|im_end|>", "<|endoftext|>", "<eos>", "</s>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>", "<|end|>")
+END_WORDS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<eos>",
+    "</s>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<|end|>",
+)
 PICTURE_WORDS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<image>", "<img>",
                  "</img>", "<IMG_CONTEXT>", "<|image|>", "<fake_token_around_image>", "<global-img>", "<image_soft_token>")  # fmt: skip
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "vllm", "qwen-vl-utils",
@@ -148,7 +157,13 @@ class Evidence:
         if isinstance(text, BoxFormat):
             return text
         try:
-            words = str(text).lower().replace("normalized", "fraction").replace("normalised", "fraction").replace("absolute", "pixel")
+            words = (
+                str(text)
+                .lower()
+                .replace("normalized", "fraction")
+                .replace("normalised", "fraction")
+                .replace("absolute", "pixel")
+            )
             words = words.replace("relative", "fraction").replace("pixels", "pixel").replace("fractions", "fraction")
             return BoxFormat.parse(words)
         except VlmdetError:
@@ -174,24 +189,26 @@ class Evidence:
         return read
 
     def likely_format(self) -> BoxFormat:
-        """Return the format under which most boxes lie within their pictures with positive sides; xyxy where several do."""
-        from vlmdet.boxes import FORMATS
+        """Return the format in which undeclared boxes most likely are; see `likely`."""
+        return self.likely()[0]
 
-        known = [one for one in self.annotations() if one.boxes is not None and len(one.boxes) and one.size]
-        if not known:
-            raise NotAvailable("boxes in the rows")
-        highest = max(float(np.nan_to_num(one.boxes).max()) for one in known if one.boxes is not None)
-        preferred = {"fraction": 1.0 if highest <= 1.5 else 0.0, "pixel": 0.5, "per_mille": 0.25 if 1.5 < highest <= 1000 else 0.0}
+    @once
+    def likely(self) -> tuple[BoxFormat, bool]:
+        """Return the format under which most boxes are valid and lie on objects, and whether the pictures decided it.
 
-        def share(box_format: BoxFormat) -> tuple[float, float]:
-            good = total = 0
-            for one in known:
-                xyxy = Boxes.from_array(np.nan_to_num(one.boxes), box_format, *one.size).xyxy  # type: ignore[misc]
-                valid = (xyxy > -0.01).all(1) & (xyxy < 1.01).all(1) & (xyxy[:, 2:] > xyxy[:, :2]).all(1)
-                good, total = good + int(valid.sum()), total + len(xyxy)
-            return (round(good / total, 2) if preferred[box_format.unit] else 0.0, preferred[box_format.unit])
+        Raises:
+            NotAvailable: no row has boxes and a size.
+        """
+        from vlmdet.doctor.gather.reading import likely_format
 
-        return max(FORMATS, key=share)
+        return likely_format(self)
+
+    @once
+    def shown(self) -> list[Any]:
+        """Return some rows opened, upright and small (`gather.reading.Shown`: annotation, pixels, image)."""
+        from vlmdet.doctor.gather.reading import open_some
+
+        return open_some(self)
 
     def limits(self) -> tuple[int, int]:
         """Return min_pixels and max_pixels of training: of the settings, else of the processor, else Qwen2-VL's defaults."""
@@ -257,7 +274,9 @@ class Evidence:
         if not examples and errors:
             raise errors[0]
         if not examples:
-            raise NotAvailable("convert, or rows that hold messages" if convert is None else "a converter that returns messages")
+            raise NotAvailable(
+                "convert, or rows that hold messages" if convert is None else "a converter that returns messages"
+            )
         return examples, errors
 
     def _convert(self, row: Any, annotation: Annotation) -> Any:
@@ -312,7 +331,13 @@ class Evidence:
         target = processor if getattr(processor, "chat_template", None) else self.tokenizer
         if not getattr(target, "chat_template", None):
             raise NotAvailable("a chat template")
-        text = call("template", target.apply_chat_template, list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        text = call(
+            "template",
+            target.apply_chat_template,
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+        )
         return text[0] if isinstance(text, list) else text
 
     @once
@@ -323,7 +348,10 @@ class Evidence:
     @once
     def texts_after_arrow(self) -> list[str]:
         """Return each example as rendered after its messages went through Arrow, which adds absent keys as None."""
-        return [self.render_text(conversations.after_arrow(conversations.bare(one.messages))) for one in self.examples()[:200]]
+        return [
+            self.render_text(conversations.after_arrow(conversations.bare(one.messages)))
+            for one in self.examples()[:200]
+        ]
 
     @once
     def asked(self) -> list[Asked]:
@@ -363,7 +391,9 @@ class Evidence:
         by_length = sorted(examples, key=lambda one: len(one.answer))
         most = max(examples, key=lambda one: len(boxes_in(one.answer)))
         short, long = by_length[0], by_length[-1]
-        found: dict[str, Any] = {name: (one.raw, one.where, one.answers) for name, one in (("short", short), ("long", long))}
+        found: dict[str, Any] = {
+            name: (one.raw, one.where, one.answers) for name, one in (("short", short), ("long", long))
+        }
         if most is not long:
             found["several"] = (most.raw, most.where, most.answers)
         middle = by_length[len(by_length) // 2]
@@ -397,7 +427,9 @@ class Evidence:
             model = self.tiny().model
         return build_collator(collate, processor=self.subject.processor, model=model, settings=self.options.flat)
 
-    def collate(self, raws: Sequence[Any], name: str, where: Sequence[str], answers: Sequence[tuple[str, ...]]) -> Batch:
+    def collate(
+        self, raws: Sequence[Any], name: str, where: Sequence[str], answers: Sequence[tuple[str, ...]]
+    ) -> Batch:
         """Make a batch by the user's collator.
 
         Raises:
@@ -424,7 +456,9 @@ class Evidence:
 
         def add(name: str, chosen: Sequence[Any]) -> None:
             try:
-                made[name] = self.collate([one[0] for one in chosen], name, [one[1] for one in chosen], [one[2] for one in chosen])
+                made[name] = self.collate(
+                    [one[0] for one in chosen], name, [one[1] for one in chosen], [one[2] for one in chosen]
+                )
             except UserCodeError as error:
                 errors[name] = error
 
@@ -472,14 +506,28 @@ class Evidence:
         config = getattr(self.subject.model, "generation_config", None)
         more = getattr(config, "eos_token_id", None)
         known.update(more if isinstance(more, (list, tuple)) else [] if more is None else [more])
-        known.update(self._ids_of([word for word in END_WORDS if word in ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<end_of_utterance>")]))
+        known.update(
+            self._ids_of(
+                [
+                    word
+                    for word in END_WORDS
+                    if word in ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<end_of_utterance>")
+                ]
+            )
+        )
         return frozenset(known)
 
     def picture_ids(self) -> frozenset[int]:
         """Return ids of tokens that stand for a picture or mark its ends."""
         ids = set(self._ids_of(PICTURE_WORDS))
         for holder in (self.subject.processor, getattr(self.subject.model, "config", None)):
-            for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "image_token_index"):
+            for name in (
+                "image_token_id",
+                "video_token_id",
+                "vision_start_token_id",
+                "vision_end_token_id",
+                "image_token_index",
+            ):
                 value = getattr(holder, name, None)
                 if isinstance(value, int):
                     ids.add(value)

@@ -150,7 +150,9 @@ def foreign_finding(error: UserCodeError) -> Finding:
             identifier = "T09" if "truncat" in low or "max_length" in low else "V05"
         elif isinstance(error.error, KeyError):
             identifier = "D15"
-        elif any(word in low for word in ("placeholder", "number of images", "images in the", "image tokens", "num_image")):
+        elif any(
+            word in low for word in ("placeholder", "number of images", "images in the", "image tokens", "num_image")
+        ):
             identifier = "C05"
         elif any(word in low for word in ("channel", "mode", "rgba", "dimension")):
             identifier = "D07"
@@ -178,7 +180,9 @@ def foreign_finding(error: UserCodeError) -> Finding:
         where=error.where + (f", on {error.subject}" if error.subject else ""),
         evidence=shown,
         cause=f"your {error.what} raised {text}",
-        severity=max(entry.severity, 3) if error.what in ("convert", "collate", "build_trainer", "trainer") else entry.severity,
+        severity=max(entry.severity, 3)
+        if error.what in ("convert", "collate", "build_trainer", "trainer")
+        else entry.severity,
         certainty=0.9,
     )
 
@@ -209,7 +213,12 @@ def _alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _run_all(subject: Subject | Callable[[], Subject], checks: Sequence[Check], until: float, tell: Callable[[str, dict[str, Any]], None]) -> None:
+def _run_all(
+    subject: Subject | Callable[[], Subject],
+    checks: Sequence[Check],
+    until: float,
+    tell: Callable[[str, dict[str, Any]], None],
+) -> None:
     evidence = Evidence(_made(subject))
     for check in checks:
         tell("begin", {"check": check.name})
@@ -251,7 +260,9 @@ def _forked(subject: Subject | Callable[[], Subject], checks: Sequence[Check], t
         for check in remaining:
             if check.name in stuck:
                 needs = "more time" if status == "time-out" else f"a process that lives: {status}"
-                results += [("not_run", asdict(NotRun(one, ENTRIES[one].title, needs))) for one in check.ids if one not in told]
+                results += [
+                    ("not_run", asdict(NotRun(one, ENTRIES[one].title, needs))) for one in check.ids if one not in told
+                ]
         if not stuck and status != "ended":
             error = next((fields for kind, fields in got if kind == "error"), None)
             if error is not None:
@@ -266,7 +277,9 @@ def _forked(subject: Subject | Callable[[], Subject], checks: Sequence[Check], t
     return results
 
 
-def _one_fork(subject: Subject | Callable[[], Subject], checks: Sequence[Check], until: float) -> tuple[list[_Result], str]:
+def _one_fork(
+    subject: Subject | Callable[[], Subject], checks: Sequence[Check], until: float
+) -> tuple[list[_Result], str]:
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
@@ -358,7 +371,9 @@ def _limit_memory() -> None:
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def _report(results: Iterable[_Result], checks: Sequence[Check], only: set[str] | None, seconds: float, isolation: str) -> Report:
+def _report(
+    results: Iterable[_Result], checks: Sequence[Check], only: set[str] | None, seconds: float, isolation: str
+) -> Report:
     found_all = [finding_from_dict(fields) for kind, fields in results if kind == "finding"]
     # a finding of user code that raised is told even where only other ids were asked for
     wanted = [one for one in found_all if only is None or one.id in only or one.cause.startswith("your ")]
@@ -379,7 +394,9 @@ def _report(results: Iterable[_Result], checks: Sequence[Check], only: set[str] 
         stages = {ENTRIES[one].stage for one in known}
         for entry in ENTRIES.values():
             if entry.id not in known and entry.stage in stages:
-                not_run.setdefault(entry.id, NotRun(entry.id, entry.title, entry.unchecked or "a check: this row has none yet"))
+                not_run.setdefault(
+                    entry.id, NotRun(entry.id, entry.title, entry.unchecked or "a check: this row has none yet")
+                )
 
     def keep(one: Any) -> bool:
         return only is None or one.id in only

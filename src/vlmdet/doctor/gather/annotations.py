@@ -23,7 +23,18 @@ from vlmdet.images import BROKEN, orientation
 
 PICTURE_KEYS = ("image", "images", "img", "picture", "pixel", "image_path", "img_path", "path", "file_name", "filename", "file",
                 "image_file", "image_url", "photo", "jpg", "png")  # fmt: skip
-HOLDERS = ("objects", "annotations", "annotation", "instances", "labels", "ground_truth", "gt", "detections", "target", "anns")
+HOLDERS = (
+    "objects",
+    "annotations",
+    "annotation",
+    "instances",
+    "labels",
+    "ground_truth",
+    "gt",
+    "detections",
+    "target",
+    "anns",
+)
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "bbox_2d", "bboxes_2d", "bounding_box", "bounding_boxes", "gt_boxes", "rects",
             "true_boxes", "coordinates")  # fmt: skip
 LABEL_KEYS = ("category", "categories", "label", "labels", "class", "classes", "class_name", "class_names", "category_name",
@@ -193,7 +204,11 @@ def _find_objects(row: Mapping[str, Any], keys: dict[str, str]) -> tuple[Any, An
         inner_key = next((one for one in BOX_KEYS if one in first), None)
         if inner_key:
             inner_label = next((one for one in LABEL_KEYS if one in first), None)
-            return value, [one.get(inner_key) for one in value], [one.get(inner_label) for one in value] if inner_label else None
+            return (
+                value,
+                [one.get(inner_key) for one in value],
+                [one.get(inner_label) for one in value] if inner_label else None,
+            )
     return None, _nested(value), row.get(label) if label else None
 
 
@@ -249,7 +264,11 @@ def _stored(row: Mapping[str, Any]) -> tuple[int, int] | None:
                 return width, height
     for name in ("size", "image_size"):
         value = plain(row.get(name))
-        if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(one, int) and one > 0 for one in value):
+        if (
+            isinstance(value, (list, tuple))
+            and len(value) == 2
+            and all(isinstance(one, int) and one > 0 for one in value)
+        ):
             return int(value[0]), int(value[1])
     return None
 
@@ -334,6 +353,8 @@ def _features(feature: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from _features(feature[0], path + "[]" if isinstance(feature[0], Mapping) else path)
     elif hasattr(feature, "feature"):
         inner = feature.feature
-        yield from _features(inner, path + "[]" if isinstance(inner, Mapping) and type(feature).__name__ == "List" else path)
+        yield from _features(
+            inner, path + "[]" if isinstance(inner, Mapping) and type(feature).__name__ == "List" else path
+        )
     elif feature is not None:
         yield path, feature

@@ -82,7 +82,9 @@ def read_batch(
         raise NotAvailable(f"input_ids in the batch; it has {', '.join(sorted(map(str, keys)))}")
     ids = _rows(values["input_ids"])
     labels = _rows(values["labels"]) if "labels" in keys and values["labels"] is not None else None
-    mask = _rows(values["attention_mask"]) if "attention_mask" in keys and values["attention_mask"] is not None else None
+    mask = (
+        _rows(values["attention_mask"]) if "attention_mask" in keys and values["attention_mask"] is not None else None
+    )
     if mask is None or [len(row) for row in mask] != [len(row) for row in ids]:
         mask = [[1] * len(row) for row in ids]
     grid = values["image_grid_thw"] if "image_grid_thw" in keys else None
@@ -105,7 +107,11 @@ def as_array(value: Any) -> np.ndarray:
     """Return a tensor, list of tensors or array as a numpy array; bfloat16 becomes float32."""
     if isinstance(value, (list, tuple)) and value and hasattr(value[0], "shape"):
         arrays = [as_array(one) for one in value]
-        return np.stack(arrays) if len({one.shape for one in arrays}) == 1 else np.concatenate([one.ravel() for one in arrays])
+        return (
+            np.stack(arrays)
+            if len({one.shape for one in arrays}) == 1
+            else np.concatenate([one.ravel() for one in arrays])
+        )
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if "bfloat16" in str(value.dtype):
@@ -141,5 +147,7 @@ def supervised_of(batch: Batch, tokenizer: Any) -> list[Supervised]:
         text = tokenizer.decode([one for one in learnt if 0 <= one < vocabulary], skip_special_tokens=False)
         answers = batch.answers[i] if i < len(batch.answers) else ()
         where = batch.where[i] if i < len(batch.where) else f"row {i}"
-        rows.append(Supervised(batch.name, where, answers, tuple(ids), tuple(labels), tuple(mask), places, learnt, text))
+        rows.append(
+            Supervised(batch.name, where, answers, tuple(ids), tuple(labels), tuple(mask), places, learnt, text)
+        )
     return rows

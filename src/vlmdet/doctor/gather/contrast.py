@@ -41,7 +41,12 @@ def side_contrast(pixels: np.ndarray, boxes: np.ndarray) -> np.ndarray:
             pairs.append(((along_x, np.full(_POINTS, y + sign * reach)), (along_x, np.full(_POINTS, y - sign * reach))))
         values = []
         for within, without in pairs:
-            if not (0 <= without[0].min() and without[0].max() < width and 0 <= without[1].min() and without[1].max() < height):
+            if not (
+                without[0].min() >= 0
+                and without[0].max() < width
+                and without[1].min() >= 0
+                and without[1].max() < height
+            ):
                 continue
             values.append(np.abs(_at(pixels, *within) - _at(pixels, *without)).max(axis=1).mean())
         if values:
@@ -54,7 +59,9 @@ def _at(pixels: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return pixels[np.clip(y.astype(int), 0, height - 1), np.clip(x.astype(int), 0, width - 1)]
 
 
-def compare_readings(pictures: Sequence[np.ndarray], first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> tuple[float, float, float, int]:
+def compare_readings(
+    pictures: Sequence[np.ndarray], first: Sequence[np.ndarray], second: Sequence[np.ndarray]
+) -> tuple[float, float, float, int]:
     """Compare two readings of the same boxes.
 
     Output: mean contrast of the first and of the second, share of boxes on which the second has more, and how many boxes

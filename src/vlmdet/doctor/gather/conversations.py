@@ -70,7 +70,9 @@ def make_example(raw: Any, where: str, index: int) -> Example:
     answers = tuple(text for role, text in texts if role in ("assistant", "model", "gpt"))
     users = [text for role, text in texts if role in ("user", "human")]
     system = next((text for role, text in texts if role == "system"), None)
-    return Example(where, index, raw, messages, system, users[-1] if users else "", answers[-1] if answers else "", answers)
+    return Example(
+        where, index, raw, messages, system, users[-1] if users else "", answers[-1] if answers else "", answers
+    )
 
 
 def messages_of(raw: Any) -> Messages:
@@ -85,7 +87,9 @@ def messages_of(raw: Any) -> Messages:
         if isinstance(prompt, str) and isinstance(completion, str):
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         question = raw.get("prefix") if isinstance(raw.get("prefix"), str) else prompt
-        answer = next((raw[key] for key in ("suffix", "answer", "response", "target") if isinstance(raw.get(key), str)), None)
+        answer = next(
+            (raw[key] for key in ("suffix", "answer", "response", "target") if isinstance(raw.get(key), str)), None
+        )
         if isinstance(question, str) and answer is not None:
             return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if isinstance(raw, (list, tuple)) and raw and all(isinstance(one, Mapping) and "role" in one for one in raw):
@@ -179,7 +183,9 @@ def after_arrow(messages: Sequence[Mapping[str, Any]]) -> Messages:
 
 def with_answer(example: Example, answer: str) -> Any:
     """Return the raw converted row with another text as its last answer; the row itself is not changed."""
-    return _change(example.raw, lambda messages: _set_last(messages, ("assistant", "model", "gpt"), answer, replace=True))
+    return _change(
+        example.raw, lambda messages: _set_last(messages, ("assistant", "model", "gpt"), answer, replace=True)
+    )
 
 
 def with_prompt(example: Example, more: str) -> Any:

@@ -17,7 +17,17 @@ import numpy as np
 from vlmdet.doctor.calls import NotAvailable
 
 _HEADER_LIMIT = 100_000_000
-_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+_TYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,11 @@ def read_artefact(name: str, path: Path) -> Artefact:
     artefact = Artefact(name, path, True, files={one.name: one.stat().st_size for one in files})
     template = None
     for file in files:
-        if file.suffix == ".json" and file.stat().st_size < 20_000_000 and file.name not in ("tokenizer.json", "vocab.json"):
+        if (
+            file.suffix == ".json"
+            and file.stat().st_size < 20_000_000
+            and file.name not in ("tokenizer.json", "vocab.json")
+        ):
             try:
                 artefact.configs[file.name] = json.loads(file.read_text(encoding="utf-8"))
             except (ValueError, OSError, RecursionError) as error:
@@ -211,7 +225,14 @@ def read_lines(file: Path, limit: int = 20_000) -> list[dict[str, Any]]:
 
 
 def _log_lines(path: Path) -> list[dict[str, Any]]:
-    for name in ("train/log.jsonl", "log.jsonl", "logging.jsonl", "train_log.jsonl", "trainer_log.jsonl", "log_history.json"):
+    for name in (
+        "train/log.jsonl",
+        "log.jsonl",
+        "logging.jsonl",
+        "train_log.jsonl",
+        "trainer_log.jsonl",
+        "log_history.json",
+    ):
         file = path / name
         if file.is_file():
             if file.suffix == ".json":

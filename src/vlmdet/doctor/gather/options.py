@@ -31,7 +31,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "greater_is_better": (),
     "eval_strategy": ("evaluation_strategy",),
     "save_strategy": (),
-    "model_name": ("model_name_or_path", "model_id", "base_model", "model_path", "model", "pretrained_model_name_or_path"),
+    "model_name": (
+        "model_name_or_path",
+        "model_id",
+        "base_model",
+        "model_path",
+        "model",
+        "pretrained_model_name_or_path",
+    ),
     "model_type": ("architecture",),
     "bf16": (),
     "fp16": (),
@@ -70,7 +77,18 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 PHASES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
-    "eval": ("eval", "evaluation", "val", "validation", "inference", "infer", "test", "predict", "generation", "generate"),
+    "eval": (
+        "eval",
+        "evaluation",
+        "val",
+        "validation",
+        "inference",
+        "infer",
+        "test",
+        "predict",
+        "generation",
+        "generate",
+    ),
     "callback": ("callback", "cb"),
     "base": ("base", "baseline", "zero_shot"),
     "serve": ("serve", "serving", "server", "vllm", "api", "deploy", "deployment", "app", "production"),
@@ -114,9 +132,11 @@ class Options:
     def key(self, name: str, *, phase: str | None = None) -> str | None:
         """Return the user's own (lower-case) name of an option, None where it is not set."""
         for one in (name, *ALIASES.get(name, ())):
-            tried = [one] if phase is None else [
-                text for word in PHASES[phase] for text in (f"{word}_{one}", f"{one}_{word}")
-            ]
+            tried = (
+                [one]
+                if phase is None
+                else [text for word in PHASES[phase] for text in (f"{word}_{one}", f"{one}_{word}")]
+            )
             for text in tried:
                 if self.flat.get(text) is not None:
                     return text
@@ -159,4 +179,6 @@ def as_mapping(value: Any) -> dict[str, Any]:
             return asdict(value)
         except (TypeError, ValueError):
             return dict(vars(value))
-    return {key: one for key, one in vars(value).items() if not key.startswith("__")} if hasattr(value, "__dict__") else {}
+    return (
+        {key: one for key, one in vars(value).items() if not key.startswith("__")} if hasattr(value, "__dict__") else {}
+    )

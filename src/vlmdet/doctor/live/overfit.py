@@ -66,7 +66,9 @@ def overfit_one(evidence: Evidence) -> Overfit:
     ids = batch.ids[0]
     start = _answer_start(evidence, ids, answers, learnt[0])
     given = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", "labels")}
-    given = {key: value for key, value in given.items() if getattr(value, "shape", (0, 0))[:2] != torch.Size((1, len(ids)))}
+    given = {
+        key: value for key, value in given.items() if getattr(value, "shape", (0, 0))[:2] != torch.Size((1, len(ids)))
+    }
     given |= {key: inputs[key][:, :start] for key in ("mm_token_type_ids", "token_type_ids") if key in inputs}
     room = len(ids) - start + 8
     with torch.no_grad():

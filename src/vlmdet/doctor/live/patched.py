@@ -54,7 +54,12 @@ def patched(evidence: Evidence) -> Iterator[Loads]:
         name = name if name is not None else keywords.pop("pretrained_model_name_or_path", None)
         loads.models.append((str(name), cls.__name__, dict(keywords)))
         if _small_local(name):
-            model = original_model(cls, name, *args, **{k: v for k, v in keywords.items() if k not in ("device_map", "quantization_config")})
+            model = original_model(
+                cls,
+                name,
+                *args,
+                **{k: v for k, v in keywords.items() if k not in ("device_map", "quantization_config")},
+            )
         else:
             config = config_for(name, evidence)
             known = getattr(cls, "config_class", None)

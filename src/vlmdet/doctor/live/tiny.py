@@ -129,7 +129,11 @@ def small_config(config: PretrainedConfig, processor: Any) -> PretrainedConfig:
                 setattr(holder, name, value)
         if getattr(holder, "layer_types", None):
             holder.layer_types = list(holder.layer_types)[:2]
-        if tokenizer is not None and hasattr(tokenizer, "__len__") and isinstance(getattr(holder, "vocab_size", None), int):
+        if (
+            tokenizer is not None
+            and hasattr(tokenizer, "__len__")
+            and isinstance(getattr(holder, "vocab_size", None), int)
+        ):
             holder.vocab_size = len(tokenizer)
     for name in ("rope_parameters", "rope_scaling"):
         rope = getattr(text, name, None)
@@ -152,7 +156,13 @@ def _small_vision(vision: Any, kind: str) -> None:
     if kind == "qwen2_vl":
         vision.depth, vision.embed_dim, vision.num_heads, vision.mlp_ratio, vision.hidden_size = 2, 32, 2, 2, 64
     elif kind in ("qwen2_5_vl", "qwen3_vl", "qwen2_5_vl_vision"):
-        vision.depth, vision.hidden_size, vision.num_heads, vision.intermediate_size, vision.out_hidden_size = 2, 32, 2, 48, 64
+        vision.depth, vision.hidden_size, vision.num_heads, vision.intermediate_size, vision.out_hidden_size = (
+            2,
+            32,
+            2,
+            48,
+            64,
+        )
         if hasattr(vision, "fullatt_block_indexes"):
             vision.fullatt_block_indexes = [1]
         if hasattr(vision, "deepstack_visual_indexes"):

@@ -161,7 +161,11 @@ def take_steps(evidence: Evidence) -> Steps:
     names = {id(one): name for name, one in model.named_parameters()}
     trainable = {name: one for name, one in model.named_parameters() if one.requires_grad}
     before = {name: one.detach().clone() for name, one in trainable.items()}
-    processors = (evidence.subject.processor, getattr(trainer, "processing_class", None), getattr(trainer.data_collator, "processor", None))
+    processors = (
+        evidence.subject.processor,
+        getattr(trainer, "processing_class", None),
+        getattr(trainer.data_collator, "processor", None),
+    )
     try:
         with small_pictures(*processors), _heard():
             call("trainer", _go, trainer, model, steps, names)
