@@ -20,6 +20,7 @@ from vlmdet.evaluation.evaluate import evaluate
 from vlmdet.evaluation.files import read_predictions
 from vlmdet.evaluation.scoring import format_comparison, format_difference
 from vlmdet.models.loader import load
+from vlmdet.report import write_report
 from vlmdet.training.callbacks import draw_rows
 from vlmdet.training.prepare import prepare
 from vlmdet.training.train import train
@@ -84,6 +85,7 @@ def run_demo(
     write_comparison(folder, labels_asked=prepared.contract.labels, seed=settings.evaluation.seed)
     picture = prepared.folder / "eval" / "test" / "tuned.png"
     draw_rows(samples[:12], rows["tuned"], columns=4).save(picture)
+    write_report(prepared.folder, say=say)
     seconds = time.monotonic() - started
 
     say(f"\nbase and tuned, same prompt, pixels and parser, {len(samples)} unseen drawn pictures, 95 % intervals")

@@ -72,6 +72,7 @@ def _eval(args: argparse.Namespace) -> None:
     from vlmdet.contract import Contract
     from vlmdet.data.select import check_places, write_problems
     from vlmdet.errors import DataError, did_you_mean
+    from vlmdet.report import write_report
 
     settings = load_settings(folder / "config.yaml", engine_overrides(args))
     contract = Contract.read(folder)
@@ -97,6 +98,7 @@ def _eval(args: argparse.Namespace) -> None:
     figures = _predict_all(args, folder, settings, contract, samples, split, gather if world_size() > 1 else None)
     if is_main():
         _tell_all(args, folder / "eval" / split, contract, samples, figures, settings, say)
+        write_report(folder, say=say)
     leave()
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache
 
 LOOPED = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
 """Model types for which this loop is tested against `generate`; every other one goes through that."""
@@ -125,47 +125,6 @@ def decode(
         logits = head(hidden[:, -1])
 
 
-class _RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room behind them: a step writes its token there, and copies nothing that is there."""
-
-    ROOM = 64
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if self._room is None or self._room[0].shape[-2] < end:
-            self._room = (
-                self._more(self.keys, key_states, start, end),
-                self._more(self.values, value_states, start, end),
-            )
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., start:end, :] = new
-        self.keys, self.values = (room[..., :end, :] for room in self._room)
-        return self.keys, self.values
-
-    def _more(self, old: torch.Tensor, new: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        room = new.new_empty((*new.shape[:-2], end + self.ROOM, new.shape[-1]))
-        if start:
-            room[..., :start, :] = old
-        return room
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._room = None
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._room = None
-
-
 @contextmanager
 def _linear_patches(visual: Any) -> Iterator[None]:
     """Embed patches by a matrix product while this lasts: a convolution whose stride is its kernel is one, only slower."""
@@ -185,11 +144,13 @@ def _linear_patches(visual: Any) -> Iterator[None]:
         del conv.forward
 
 
-def _prefill(core: Any, batch: dict[str, Any], positions: torch.Tensor) -> tuple[Cache, torch.Tensor, torch.Tensor]:
+def _prefill(
+    core: Any, batch: dict[str, Any], positions: torch.Tensor
+) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
     """Run the prompts; returns their keys and values, the logits behind them (n, vocabulary), and the mask (n, columns)."""
     vision = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
     shared = _shared(batch)
-    cache = Cache(layers=[_RoomyLayer() for _ in core.model.language_model.layers])
+    cache = DynamicCache(config=core.config)
     if shared:
         batch, positions = _move_padding(batch, positions, shared)
         core.model.language_model(
