@@ -200,7 +200,7 @@ def asked_for_cups_and_answered_with_everything() -> Any:
     question = "Detect every cup in this image. If there is none, answer: none"
 
     def prompt(row: dict[str, Any]) -> list[dict[str, Any]]:
-        system, user = cookbook.prompt_of(row)
+        system, _ = cookbook.prompt_of(row)
         return [system, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
