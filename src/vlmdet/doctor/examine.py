@@ -32,7 +32,7 @@ MEMORY = 6 * 2**30
 
 RESTARTS = 3
 _FOREIGN = {"convert": "D15", "collate": "C06", "render": "C03", "parse": "E01", "decode": "E05", "metric": "E01",
-            "build_trainer": "M02", "template": "T01", "trainer": "M08"}  # fmt: skip
+            "build_trainer": "M02", "template": "T01", "trainer": "M08", "model": "V05"}  # fmt: skip
 
 
 def examine(

@@ -102,7 +102,7 @@ def order_of_rows(evidence: Evidence) -> Outcome:
                 declared,
                 best,
                 f"{figures}; read as {best}: {1 - others[best]:.1%} valid",
-                certainty * strength,
+                strength,
             )
     if finding is None:
         for other, (ours, theirs, wins, number) in sorted(contrast.items(), key=lambda item: -item[1][1]):

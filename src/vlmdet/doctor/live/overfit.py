@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vlmdet.doctor.calls import NotAvailable, call
+from vlmdet.doctor.calls import NotAvailable, UserCodeError, call
 from vlmdet.doctor.evidence import Evidence
 from vlmdet.doctor.gather.batches import IGNORED
 from vlmdet.doctor.live.trainer import small_pictures
@@ -62,7 +62,12 @@ def overfit_one(evidence: Evidence) -> Overfit:
     tiny = evidence.tiny()
     model: Any = tiny.model
     inputs = {key: value for key, value in dict(batch.raw).items() if hasattr(value, "to")}
-    losses = call("model", _learn, model, inputs)
+    try:
+        losses = call("model", _learn, model, inputs)
+    except UserCodeError as error:
+        if "image tokens" in error.text.lower():
+            raise
+        raise NotAvailable(f"a batch that the model takes; it raised {error.text[:200]}") from error
     ids = batch.ids[0]
     start = _answer_start(evidence, ids, answers, learnt[0])
     given = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", "labels")}

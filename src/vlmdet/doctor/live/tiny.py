@@ -135,11 +135,10 @@ def small_config(config: PretrainedConfig, processor: Any) -> PretrainedConfig:
             and isinstance(getattr(holder, "vocab_size", None), int)
         ):
             holder.vocab_size = len(tokenizer)
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = getattr(text, name, None)
-        if isinstance(rope, dict) and "mrope_section" in rope:
-            rope = {**rope, "mrope_section": [2, 3, 3]}
-            setattr(text, name, rope)
+    if "qwen" in str(getattr(small, "model_type", "")):
+        text.rope_parameters = {**(getattr(text, "rope_parameters", None) or {}), "mrope_section": [2, 3, 3]}
+        text.rope_parameters.setdefault("rope_type", "default")
+        text.rope_parameters.setdefault("rope_theta", 10_000.0)
     if vision is not None:
         _small_vision(vision, str(getattr(small, "model_type", "")))
     for name in ("projection_dim", "vision_feature_dim"):
