@@ -1,0 +1,135 @@
+"""The report in a real browser: filters by mouse and keyboard, nothing fetched, no error, no overflow."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmdet.report import write_report
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with sync_api.sync_playwright() as play:
+        # a container's root has no sandbox
+        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+def opened(browser: Any, folder: Path, **options: Any) -> tuple[Any, list[str]]:
+    """Open the report of a run; the page, and what it complained of or asked for beyond itself."""
+    path = write_report(folder, say=lambda text: None)
+    page = browser.new_page(**options)
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(message.text))
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda request: trouble.append(request.url) if request.url[:5] != "data:" else None)
+    page.goto(path.as_uri())
+    trouble.remove(path.as_uri())
+    return page, trouble
+
+
+def shown(page: Any) -> list[str]:
+    """Headings of the cards that are visible, in their order."""
+    return page.locator(
+        ".card:not([hidden]) h3"
+    ).all_text_contents()  # inner text is empty where a card is off the screen
+
+
+def test_filters_and_sorting_by_mouse(browser: Any, scored: Path) -> None:
+    page, trouble = opened(browser, scored)
+    status = page.get_by_role("status")
+    assert shown(page) == ["broken", "bad", "mute", "half", "good"]
+    page.get_by_text("wrong class 1", exact=True).click()
+    assert shown(page) == ["bad"]
+    assert status.inner_text() == "1 of 5 pictures are shown"
+    for words, left in (("parse failures 1", ["mute"]), ("errors 1", ["broken"]), ("duplicates 1", ["half"]),
+                        ("missed 2", ["bad", "mute"]), ("no mistake 1", ["good"]), ("false 0", [])):  # fmt: skip
+        page.get_by_text(words, exact=True).click()
+        assert shown(page) == left
+    page.get_by_role("button", name="Reset").click()
+    page.wait_for_function("document.querySelectorAll('.card:not([hidden])').length === 5")
+    page.locator("select[name=order]").select_option("best first")
+    assert shown(page) == ["good", "half", "bad", "mute", "broken"]
+    page.locator("select[name=order]").select_option("as in the file")
+    assert shown(page) == ["good", "half", "bad", "mute", "broken"]
+    page.locator("select[name=label]").select_option("cup")
+    assert len(shown(page)) == 5
+    page.get_by_role("searchbox", name="Find").fill("i cannot")
+    assert shown(page) == ["mute"]
+    assert trouble == []
+    assert page.title() == "Report of mine/001"
+    page.close()
+
+
+def test_filters_by_keyboard(browser: Any, scored: Path) -> None:
+    page, trouble = opened(browser, scored)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    page.get_by_role("radio", name="all").focus()
+    page.keyboard.press("ArrowRight")
+    assert shown(page) == ["bad", "mute"]
+    assert page.evaluate("getComputedStyle(document.activeElement.nextElementSibling).outlineStyle") == "solid"
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.value") == "best"
+    assert trouble == []
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 1600])
+def test_it_fits_the_screen_and_follows_the_scheme(browser: Any, scored: Path, width: int, scheme: str) -> None:
+    page, trouble = opened(browser, scored, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}[scheme]
+    assert trouble == []
+    page.close()
+
+
+def test_without_a_script_everything_is_there(browser: Any, scored: Path) -> None:
+    page, _ = opened(browser, scored, java_script_enabled=False)
+    assert shown(page) == ["broken", "bad", "mute", "half", "good"]
+    assert not page.locator("select[name=order]").is_visible()
+    page.close()
+
+
+def test_boxes_lie_where_they_should(browser: Any, scored: Path) -> None:
+    page, _ = opened(browser, scored)
+    card = page.locator(".card", has=page.get_by_role("heading", name="good", exact=True))
+    card.scroll_into_view_if_needed()
+    panel = card.locator(".panel[data-model=tuned]")
+    shot, box = panel.locator(".shot").bounding_box(), panel.locator("rect.t").bounding_box()
+    assert box["x"] - shot["x"] == pytest.approx(0.1 * shot["width"], abs=4)  # within the line
+    assert box["y"] - shot["y"] == pytest.approx(0.1 * shot["height"], abs=4)
+    assert box["width"] == pytest.approx(0.4 * shot["width"], abs=8)
+    assert panel.locator("rect.t").evaluate("(node) => getComputedStyle(node).strokeDasharray") == "7px, 5px"
+    assert panel.locator("rect.p").evaluate("(node) => getComputedStyle(node).strokeDasharray") == "none"
+    assert panel.locator("text.tp").text_content() == "0.88"
+    page.close()
+
+
+def test_every_control_and_picture_has_a_name(browser: Any, scored: Path) -> None:
+    page, _ = opened(browser, scored)
+    assert page.locator("main, header, nav").count() == 3
+    for control in page.locator("form select, form input").all():
+        assert control.evaluate("(node) => node.labels.length") == 1
+    assert page.locator("svg[role=img]:not([aria-label])").count() == 0
+    assert page.locator("th:not([scope])").count() == 0
+    page.close()
