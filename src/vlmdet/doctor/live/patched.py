@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,15 @@ class Loads:
         models: (name, class name, keyword arguments) of each `from_pretrained` of a model.
         made: the models that were returned, in order.
         arguments: the training arguments as the user wrote them, before they were made harmless.
+        adapters: names of adapters that were loaded from files.
+        given: of each trainer of TRL, whether its model carried an adapter already, and whether a `peft_config` came with it.
     """
 
     models: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     made: list[Any] = field(default_factory=list)
     arguments: list[dict[str, Any]] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
+    given: list[tuple[bool, bool]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -100,6 +106,7 @@ def patched(evidence: Evidence) -> Iterator[Loads]:
         for holder in (transformers.AutoProcessor, transformers.AutoTokenizer, transformers.AutoImageProcessor,
                        transformers.ProcessorMixin, transformers.PreTrainedTokenizerBase):  # fmt: skip
             put(holder, "from_pretrained", classmethod(load_processor(holder.from_pretrained.__func__)))
+        _watch_adapters(loads, put)
         before = transformers.TrainingArguments.__post_init__
 
         def harmless(self: Any, *args: Any, **keywords: Any) -> Any:
@@ -128,6 +135,31 @@ def patched(evidence: Evidence) -> Iterator[Loads]:
 
 
 _ABSENT = object()
+
+
+def _watch_adapters(loads: Loads, put: Callable[[Any, str, Any], None]) -> None:
+    """Note which adapters are loaded from files, and with what TRL's trainer is made."""
+    from peft import PeftModel
+
+    original = PeftModel.from_pretrained.__func__
+
+    def load_adapter(cls: Any, model: Any, model_id: Any, *args: Any, **keywords: Any) -> Any:
+        loads.adapters.append(str(model_id))
+        return original(cls, model, model_id, *args, **keywords)
+
+    put(PeftModel, "from_pretrained", classmethod(load_adapter))
+    if "trl" not in sys.modules:
+        return
+    from trl import SFTTrainer
+
+    make = SFTTrainer.__init__
+
+    @functools.wraps(make)
+    def init(self: Any, model: Any = None, *args: Any, **keywords: Any) -> None:
+        loads.given.append((isinstance(model, PeftModel), keywords.get("peft_config") is not None))
+        make(self, model, *args, **keywords)
+
+    put(SFTTrainer, "__init__", init)
 
 
 def make_harmless(arguments: Any, folder: str) -> None:

@@ -37,6 +37,7 @@ class Built:
         trainable: name -> number of trainable parameters.
         total: number of all parameters.
         arguments: the training arguments as the user wrote them (before they were made harmless).
+        started: name -> norm of each weight of an adapter that begins at 0 (LoRA's B), before any step.
     """
 
     trainer: Any
@@ -46,6 +47,7 @@ class Built:
     trainable: dict[str, int]
     total: int
     arguments: dict[str, Any]
+    started: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,7 +92,9 @@ def build(evidence: Evidence) -> Built:
         raise NotAvailable("build_trainer that returns a trainer with a model")
     trainable = {name: one.numel() for name, one in model.named_parameters() if one.requires_grad}
     arguments = loads.arguments[-1] if loads.arguments else dict(vars(getattr(trainer, "args", None) or object))
-    return Built(trainer, model, loads, heard, trainable, sum(one.numel() for one in model.parameters()), arguments)
+    started = {name: float(one.detach().float().norm()) for name, one in model.named_parameters() if ".lora_B." in name}
+    total = sum(one.numel() for one in model.parameters())
+    return Built(trainer, model, loads, heard, trainable, total, arguments, started)
 
 
 def _required(function: Any) -> list[str]:
@@ -185,6 +189,7 @@ def _go(trainer: Any, model: nn.Module, steps: Steps, names: Mapping[int, str]) 
     trainer.model_wrapped = model
     optimizer = trainer.create_optimizer() or trainer.optimizer
     for group in optimizer.param_groups:
+        group["lr"] = group.get("initial_lr", group["lr"])  # a warm-up begins at 0, and no schedule runs here
         steps.rates.append(float(group["lr"]))
         steps.optimised.update(names.get(id(one), "another model's") for one in group["params"])
     model.train()
