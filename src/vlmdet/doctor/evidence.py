@@ -435,7 +435,7 @@ class Evidence:
         Raises:
             UserCodeError: it raised.
         """
-        batch = call("collate", self.collator(), list(raws), about=f"{name}: {', '.join(where)}")
+        batch = call("collate", self.collator(), [conversations.copied(raw) for raw in raws], about=f"{name}: {', '.join(where)}")
         if hasattr(batch, "data") and not hasattr(batch, "keys"):
             batch = batch.data
         return read_batch(batch, name, where, answers, [len(conversations.pictures_of(raw)) for raw in raws])

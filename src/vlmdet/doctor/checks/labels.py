@@ -1,7 +1,18 @@
-"""Checks of the stage labels."""
+"""Checks of the stage labels: which tokens carry loss, decoded, against answer and end token of every turn.
+
+The diagnosis is one for all ids: `supervision.verdict`.
+"""
 
 from __future__ import annotations
 
-from vlmdet.doctor.checks import Check
+from vlmdet.doctor.checks import Check, Outcome, check, supervision
+from vlmdet.doctor.evidence import Evidence
 
-CHECKS: tuple[Check, ...] = ()
+
+@check(*(one for one in supervision.IDS if one[0] == "L"), needs=("rows|splits", "processor", "collate"))
+def tokens_with_loss(evidence: Evidence) -> Outcome:
+    """Decode what carries loss on awkward batches, and compare."""
+    yield from supervision.of_stage(evidence, "L")
+
+
+CHECKS: tuple[Check, ...] = (tokens_with_loss,)

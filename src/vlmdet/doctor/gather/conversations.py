@@ -181,6 +181,13 @@ def after_arrow(messages: Sequence[Mapping[str, Any]]) -> Messages:
     return copied
 
 
+def copied(value: Any) -> Any:
+    """Copy the dicts and lists of a converted row, and no picture: collators that change their examples change a copy."""
+    if isinstance(value, dict):
+        return {key: copied(one) for key, one in value.items()}
+    return [copied(one) for one in value] if isinstance(value, list) else value
+
+
 def with_answer(example: Example, answer: str) -> Any:
     """Return the raw converted row with another text as its last answer; the row itself is not changed."""
     return _change(
