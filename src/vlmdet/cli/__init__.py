@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from vlmdet.cli.compare import add_compare
 from vlmdet.cli.data import add_convert, add_inspect
+from vlmdet.cli.doctor import add_doctor
 from vlmdet.cli.evaluation import add_eval
 from vlmdet.cli.other import add_demo, add_env
 from vlmdet.cli.predict import add_predict
@@ -26,6 +27,7 @@ VERBS = (
     add_demo,
     add_train,
     add_plan,
+    add_doctor,
     add_inspect,
     add_convert,
     add_eval,
@@ -39,7 +41,7 @@ VERBS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, or 2 for a user's mistake."""
+    """Run one verb; returns the exit code: 0, 1 for what the doctor found, or 2 for a user's mistake."""
     args = parse(argv)
     # the libraries' own notes about themselves; ours are printed, errors are raised
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -265,9 +265,9 @@ def _forked(subject: Subject | Callable[[], Subject], checks: Sequence[Check], t
                 ]
         if not stuck and status != "ended":
             error = next((fields for kind, fields in got if kind == "error"), None)
-            if error is not None:
+            if error is not None and error["hint"] is not None:
                 raise ConfigError(error["message"], error["hint"])
-            break
+            raise RuntimeError(error["message"] if error else f"the examination's process did not begin: {status}")
         remaining = [check for check in remaining if check.name not in done and check.name not in stuck]
         if time.monotonic() > until:
             break
@@ -354,6 +354,9 @@ def _child(subject: Subject | Callable[[], Subject], checks: Sequence[Check], un
         _run_all(subject, checks, until, tell)
     except VlmdetError as error:
         tell("error", {"message": error.message, "hint": error.hint})
+        raise
+    except Exception:  # told where somebody can read it
+        tell("error", {"message": traceback.format_exc(), "hint": None})
         raise
 
 
