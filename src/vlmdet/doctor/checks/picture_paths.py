@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from vlmdet.doctor.calls import NotAvailable
+from vlmdet.doctor.calls import NotAvailable, UserCodeError, call
 from vlmdet.doctor.gather.annotations import open_stored
 from vlmdet.doctor.gather.batches import Batch, as_array
 from vlmdet.doctor.gather.conversations import Example, is_picture
@@ -182,7 +182,7 @@ def collate_drawn(
     """Collate converted rows with drawn pictures in place of their own.
 
     Raises:
-        UserCodeError: the collator raised; NotAvailable: it, or a picture, is not there.
+        NotAvailable: the collator or a picture is not there, or it raised: what it does to the user's own pictures is told by others.
     """
     with Drawer() as drawer, watched() as seen:
         raws = [drawer.replace(one.raw, picture) for one, picture in zip(examples, pictures, strict=True)]
@@ -190,7 +190,10 @@ def collate_drawn(
             f"{one.where}, its picture replaced by a drawn one of {p.width} x {p.height}"
             for one, p in zip(examples, pictures, strict=True)
         ]
-        return evidence.collate(raws, name, where, [one.answers for one in examples]), seen
+        try:
+            return evidence.collate(raws, name, where, [one.answers for one in examples]), seen
+        except UserCodeError as error:
+            raise NotAvailable(f"a collator that takes drawn pictures: {error.text[:200]}") from None
 
 
 def processor_grid(processor: Any, picture: Image.Image, **limits: Any) -> Grid | None:
@@ -199,8 +202,6 @@ def processor_grid(processor: Any, picture: Image.Image, **limits: Any) -> Grid 
     Raises:
         UserCodeError: it raised.
     """
-    from vlmdet.doctor.calls import call
-
     images = getattr(processor, "image_processor", None)
     if images is None:
         return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError, place_of
-from vlmdet.doctor.checks import Check, Outcome, check, found, looked, vision_sizes
+from vlmdet.doctor.checks import Check, Outcome, check, found, looked, positions, vision_sizes
 from vlmdet.doctor.checks.picture_paths import channels, collate_drawn, merge_of, one_picture, pixel_rows, plain_picture
 from vlmdet.doctor.gather.batches import IGNORED, Batch
 
@@ -152,7 +152,7 @@ def pictures_arrive(evidence: Evidence) -> Outcome:
             cause="the picture of the row does not reach the batch: the same pixels whatever the picture is",
         )
         return
-    with contextlib.suppress(UserCodeError):  # rows that cannot be put together are told as V11
+    with contextlib.suppress(NotAvailable):  # rows that cannot be put together are told as V11
         yield from _order(evidence, pair, red, blue, single, place)
     yield looked("V06", f"pixel values follow the picture: {told}")
     yield from _values(evidence, values, single, place, told)
@@ -342,10 +342,8 @@ def _values(evidence: Evidence, values: list[np.ndarray | None], single: list[Ba
             cause = "all channels are alike: pictures lose their colour"
         else:
             cause = "mean, deviation or range are not those of the model"
-    low, high = (
-        float(np.nanmin([one.pixels.min() for one in single])),
-        float(np.nanmax([one.pixels.max() for one in single])),
-    )  # type: ignore[union-attr]
+    drawn = [one.pixels for one in single if one.pixels is not None]
+    low, high = min(float(one.min()) for one in drawn), max(float(one.max()) for one in drawn)
     yield found(
         "V07",
         where=place,
@@ -441,6 +439,24 @@ def _first(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
+@check("V08", needs=("rows|splits", "processor", "collate"))
+def positions_follow(evidence: Evidence) -> Outcome:
+    """Look at positions of image tokens of a wide and a tall picture."""
+    yield from positions.positions_follow(evidence)
+
+
+@check("V09", needs=("rows|splits", "processor", "collate"))
+def nothing_kept(evidence: Evidence) -> Outcome:
+    """Ask a small model about two pictures in both orders."""
+    yield from positions.nothing_kept(evidence)
+
+
+@check("V10")
+def not_packed(evidence: Evidence) -> Outcome:
+    """Look whether rows with pictures are packed, and whether they then see one another."""
+    yield from positions.not_packed(evidence)
+
+
 CHECKS: tuple[Check, ...] = (
     limit_obeyed,
     limit_saved,
@@ -449,5 +465,8 @@ CHECKS: tuple[Check, ...] = (
     tokens_per_picture,
     tokens_match_patches,
     pictures_arrive,
+    positions_follow,
+    nothing_kept,
+    not_packed,
     rows_together,
 )

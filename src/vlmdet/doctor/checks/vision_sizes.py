@@ -409,24 +409,24 @@ def resized_once(evidence: Evidence) -> Outcome:
             continue
         final = (one.grid[2] * patch, one.grid[1] * patch)
         if final != entered:
-            bad.append((one, entered, final))
+            bad.append((one, entered, final, one.planned))
     if not bad:
         yield looked("V03", f"{len(rows)} pictures: resized by the processor alone, or to the size it would choose")
         return
-    one, entered, final = max(
-        bad, key=lambda row: abs(np.log(row[0].grid[1] * row[0].grid[2] / (row[0].planned[1] * row[0].planned[2])))
-    )
-    assert one.planned is not None
-    ratio = one.grid[1] * one.grid[2] / (one.planned[1] * one.planned[2])
+
+    def loss(grid: Grid, planned: Grid) -> float:
+        return float(abs(np.log(grid[1] * grid[2] / (planned[1] * planned[2]))))
+
+    one, entered, final, planned = max(bad, key=lambda row: loss(row[0].grid, row[3]))
     before = converted_size(one.example)
     who = "your converter" if before is not None and set(before) != set(one.original) else "your collator"
     yield found(
         "V03",
         where=f"{place_of(evidence.subject.convert if who == 'your converter' else evidence.subject.collate)}, {one.example.where}",
         evidence=f"{one.original[0]} x {one.original[1]} in the data -> {entered[0]} x {entered[1]} by {who} -> {final[0]} x {final[1]} by the "
-        f"processor; resized once it is {one.planned[2] * patch} x {one.planned[1] * patch}. So on {len(bad)} of {len(rows)} rows",
+        f"processor; resized once it is {planned[2] * patch} x {planned[1] * patch}. So on {len(bad)} of {len(rows)} rows",
         cause=f"{who} resizes a picture that the processor resizes again, under other limits or rounding",
-        severity=3 if _absolute(evidence) or not 0.75 < ratio < 1.33 else 2,
+        severity=3 if _absolute(evidence) or loss(one.grid, planned) > 0.29 else 2,
         certainty=0.9,
     )
 
