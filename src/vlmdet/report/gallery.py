@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from markupsafe import Markup
@@ -43,9 +44,10 @@ _WORDS = {
     "found": "found",
     "missed": "missed",
 }
-_LONGEST_TEXT = 2000
+_LONGEST_TEXT = 1200
 _SHORT_TEXT = 400
 _MOST_BOXES = 200  # that are drawn of a list: an answer that repeats itself may have thousands
+_MOST_WORDS = 8  # "missed" written at more boxes than this would hide the picture
 _SIDE = 300.0  # longer side of the overlay, in its own units
 
 _SPECIAL = re.compile(r"<\|[^<>|]{1,40}\|>|</?(?:s|ref|box|bos|eos|pad|img|image)>|<loc_?\d{1,4}>|<unk>")
@@ -171,7 +173,7 @@ def _panel(model: Scored, row: Mapping[str, Any], match: Mapping[str, Any], *, m
     problems = [f"{one.get('kind')}: {one.get('detail')}" for one in map(mapping, sequence(row.get("problems")))]
     after = html.render(
         _AFTER,
-        overlay=_overlay(row, predicted, truth, scores),
+        overlay=_overlay(row, predicted, truth),
         chips=chips,
         error=row.get("error") if status == "error" else "",
         text=_answer(text),
@@ -179,48 +181,56 @@ def _panel(model: Scored, row: Mapping[str, Any], match: Mapping[str, Any], *, m
         length=f"{len(text):,}",
         problems=_first(problems, 10),
         count=f"Boxes: {len(row['boxes'])} predicted, {len(row['truth']['boxes'])} true",
-        boxes=_first(list(_tell_boxes(row, predicted, truth, scores)), 2 * _MOST_BOXES),
+        boxes=_tell_boxes(row, predicted, truth, scores),
     )
     return before, after
 
 
 _OVERLAY = """<svg class="boxes" viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ what }}">
-<path class="case" d="{{ case }}"/>
-{% for kind, x, y, w, h, text in boxes %}<rect class="{{ kind }}" x="{{ x }}" y="{{ y }}" width="{{ w }}" height="{{ h }}"><title>
-{{- text }}</title></rect>{% endfor %}
-{% for kind, x, y, text in tags %}<text class="{{ kind }}" x="{{ x }}" y="{{ y }}">{{ text }}</text>{% endfor %}
+<path class="case" d="{{ case }}"/>{% for kind, paths in groups %}<g class="{{ kind }}">
+{%- for path in paths %}<path d="{{ path }}"/>{% endfor %}</g>{% endfor %}
+{% for kind, texts in tags %}<g class="{{ kind }}">{% for x, y, text in texts %}<text x="{{ x }}" y="{{ y }}">
+{{- text }}</text>{% endfor %}</g>{% endfor %}
 </svg>"""
 
 
 def _overlay(
-    row: Mapping[str, Any],
-    predicted: Sequence[Mapping[str, Any]],
-    truth: Sequence[Mapping[str, Any]],
-    scores: Sequence[Any],
+    row: Mapping[str, Any], predicted: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]
 ) -> Markup:
+    """Return boxes as paths, in the order of the list beneath: the script gives each its line of it to show."""
     scale = _SIDE / max(row["width"], row["height"])
     width, height = max(1.0, scale * row["width"]), max(1.0, scale * row["height"])
-    boxes, tags = [], []
+    groups: list[tuple[str, list[str]]] = [("p", [])]
+    ious, misses = [], []
     for i, box in enumerate(row["boxes"][:_MOST_BOXES]):
-        place = _place(box, width, height)
-        one = predicted[i] if i < len(predicted) else {}
-        boxes.append(("p", *place, _tell_predicted(row["labels"][i], one, scores[i])))
-        iou = number_of(one.get("iou"))
+        x, y, w, h = _place(box, width, height)
+        groups[-1][1].append(_outline(x, y, w, h))
+        iou = number_of(predicted[i].get("iou")) if i < len(predicted) else None
         if iou is not None:
-            tags.append(("tp", round(min(place[0] + 3, width - 22), 1), round(max(place[1] + 12, 12), 1), f"{iou:.2f}"))
+            ious.append((f"{min(x + 3, width - 22):.0f}", f"{max(y + 12, 12):.0f}", f"{iou:.2f}"))
     for i, box in enumerate(row["truth"]["boxes"][:_MOST_BOXES]):
-        place = _place(box, width, height)
-        one = truth[i] if i < len(truth) else {}
-        ignored = row["truth"]["ignore"][i]
-        boxes.append(("g" if ignored else "t", *place, _tell_true(row["truth"]["labels"][i], one, ignored)))
-        if one.get("kind") == "missed":
-            x, y = round(min(place[0] + 3, width - 40), 1), round(min(place[1] + place[3] - 4, height - 3), 1)
-            tags.append(("tt", max(0.0, x), max(10.0, y), "missed"))
+        x, y, w, h = _place(box, width, height)
+        kind = "g" if row["truth"]["ignore"][i] else "t"
+        if groups[-1][0] != kind:
+            groups.append((kind, []))
+        groups[-1][1].append(_outline(x, y, w, h))
+        if i < len(truth) and truth[i].get("kind") == "missed":
+            left, base = max(0.0, min(x + 3, width - 40)), max(10.0, min(y + h - 4, height - 3))
+            misses.append((f"{left:.0f}", f"{base:.0f}", "missed"))
     what = f"{len(row['truth']['boxes'])} true and {len(row['boxes'])} predicted boxes"
-    case = "".join(f"M{x:g} {y:g}h{w:g}v{h:g}h{-w:g}z" for _, x, y, w, h, _ in boxes)
     return html.render(
-        _OVERLAY, width=f"{width:.1f}", height=f"{height:.1f}", what=what, case=case, boxes=boxes, tags=tags
+        _OVERLAY,
+        width=f"{width:.1f}",
+        height=f"{height:.1f}",
+        what=what,
+        case="".join(path for _, paths in groups for path in paths),
+        groups=groups,
+        tags=[("tp", ious), ("tt", misses if len(misses) <= _MOST_WORDS else [])],
     )
+
+
+def _outline(x: float, y: float, w: float, h: float) -> str:
+    return f"M{x:g} {y:g}h{w:g}v{h:g}h{-w:g}z"
 
 
 def _place(box: Sequence[float], width: float, height: float) -> tuple[float, float, float, float]:
@@ -255,14 +265,16 @@ def _tell_boxes(
     truth: Sequence[Mapping[str, Any]],
     scores: Sequence[Any],
 ) -> list[str]:
+    """Say what each box is: of the predicted ones, then of the true ones, those that are drawn."""
     lines = [
         _tell_predicted(label, predicted[i] if i < len(predicted) else {}, scores[i])
-        for i, label in enumerate(row["labels"])
+        for i, label in enumerate(row["labels"][:_MOST_BOXES])
     ]
     marks = zip(row["truth"]["labels"], row["truth"]["ignore"], strict=True)
-    return lines + [
-        _tell_true(label, truth[i] if i < len(truth) else {}, ignored) for i, (label, ignored) in enumerate(marks)
-    ]
+    for i, (label, ignored) in enumerate(islice(marks, _MOST_BOXES)):
+        lines.append(_tell_true(label, truth[i] if i < len(truth) else {}, ignored))
+    left = len(row["labels"]) + len(row["truth"]["labels"]) - len(lines)
+    return [*lines, f"… {left} more in predictions.jsonl"] if left else lines
 
 
 def _label(label: object) -> str:

@@ -22,7 +22,7 @@ from vlmdet.utils import html
 PICTURES = 1000
 """Pictures of a split that are shown unless asked otherwise."""
 
-_CARD_BYTES = 8_000_000
+_CARD_BYTES = 10_000_000
 _PAGE_BYTES = 14_000_000
 """Of cards, and of cards and thumbnails; what goes over it is left out of the page, or lies beside it."""
 

@@ -54,10 +54,22 @@ for (const gallery of document.querySelectorAll(".gallery")) {
     const shown = new Set(fits.filter((card) => has(card, model, kind)));
     const order = orders[chosen.get("order")](model);
     const sorted = [...cards].sort((a, b) => order(a, b) || a.number - b.number);
-    grid.replaceChildren(...sorted.map((card) => card.node));
+    const nodes = [...grid.children];
+    if (sorted.some((card, i) => card.node !== nodes[i])) grid.replaceChildren(...sorted.map((card) => card.node));
     for (const card of cards) card.node.hidden = !shown.has(card);
     status.textContent = `${shown.size} of ${cards.length} pictures are shown`;
   };
+  // a box under the pointer tells what the list beneath says of it; written on demand, since it doubles the page
+  grid.addEventListener("pointerover", (event) => {
+    const overlay = event.target.closest("svg.boxes");
+    if (overlay === null || overlay.querySelector("title") !== null) return;
+    const lines = overlay.closest(".panel").querySelectorAll("ol > li");
+    overlay.querySelectorAll("path:not(.case)").forEach((path, i) => {
+      const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
+      title.textContent = lines[i].textContent;
+      path.append(title);
+    });
+  });
   form.hidden = false;
   form.addEventListener("input", update);
   form.addEventListener("submit", (event) => event.preventDefault());
