@@ -218,3 +218,10 @@ def answers_in_plain_json_without_native_tokens() -> Any:
         return [[v * side / 1000 for v, side in zip(item["bbox"], sides, strict=True)] for item in items]
 
     return subject(cookbook.fields(seed=73), convert=convert, render=ask, parse=parse)
+
+
+@healthy
+def smolvlm_in_plain_words() -> Any:
+    from benchmarks.faults.homes import smol
+
+    return subject(smol.fields(count=18))

@@ -56,7 +56,7 @@ def a_callback_freezes_what_its_name_does_not_hold() -> Any:
 
 @fault("M03", stage="model")
 def one_model_object_for_two_experiments() -> Any:
-    """The second cell wraps the model that the first one has adapted and trained already."""
+    """The second cell makes a new trainer of the model that the first one has adapted and trained already."""
 
     def build() -> Any:
         import torch
@@ -64,14 +64,14 @@ def one_model_object_for_two_experiments() -> Any:
         from transformers import Trainer
 
         _, collator, data = parts()
-        model = trainers.load_model()
-        first = get_peft_model(model, trainers.lora(r=4))
-        with torch.no_grad():  # what experiment A left behind
-            for name, weight in first.named_parameters():
+        model = get_peft_model(trainers.load_model(), trainers.lora())
+        first = Trainer(model=model, args=trainers.arguments(), train_dataset=data, data_collator=collator)
+        with torch.no_grad():  # what `first.train()` left behind
+            for name, weight in first.model.named_parameters():
                 if "lora_B" in name:
                     weight.add_(0.03)
-        second = get_peft_model(model, trainers.lora(r=16))
-        return Trainer(model=second, args=trainers.arguments(), train_dataset=data, data_collator=collator)
+        args = trainers.arguments(learning_rate=2e-4)
+        return Trainer(model=model, args=args, train_dataset=data, data_collator=collator)
 
     return subject(trainers.fields(build))
 
