@@ -20,7 +20,9 @@ _PATTERNS = {
     "embeddings": r"embed_tokens|(^|\.)shared(\.|$)|wte(\.|$)|word_embeddings",
     "head": r"lm_head|output_layer",
 }
-_WRAPPED = re.compile(r"base_model\.model\.|_orig_mod\.|^module\.|\.(base_layer|original_module|modules_to_save(\.[^.]+)?)(?=\.|$)")
+_WRAPPED = re.compile(
+    r"base_model\.model\.|_orig_mod\.|^module\.|\.(base_layer|original_module|modules_to_save(\.[^.]+)?)(?=\.|$)"
+)
 _ADAPTER = re.compile(r"\.(lora_\w+?|ia3_\w+)(\.\w+)*$")
 _EXPRESSION = re.compile(r"[\\^$*+?|()\[\]{}]")
 _AREA_WORD = re.compile(r"vis|merger|project|connector|language|tower|text|decoder|encoder", re.IGNORECASE)
@@ -76,7 +78,10 @@ def matches(targets: Any, names: Sequence[str]) -> list[Matched]:
     """
     if isinstance(targets, str):
         return [] if targets == "all-linear" else [_matched(targets, _full(targets, names), False)]
-    return [_matched(one, [name for name in names if name == one or name.endswith(f".{one}")], True) for one in _ordered(targets)]
+    return [
+        _matched(one, [name for name in names if name == one or name.endswith(f".{one}")], True)
+        for one in _ordered(targets)
+    ]
 
 
 def _ordered(targets: Iterable[Any]) -> list[str]:
@@ -164,7 +169,9 @@ def table(named: Iterable[tuple[str, int, bool]]) -> dict[str, tuple[int, int]]:
 
 def told(counts: Mapping[str, tuple[int, int]]) -> str:
     """Say a table in one line: `vision 12,288 of 1,200,000 trainable, language 0 of …`."""
-    return "; ".join(f"{area} {trainable:,} of {total:,} parameters trainable" for area, (trainable, total) in counts.items())
+    return "; ".join(
+        f"{area} {trainable:,} of {total:,} parameters trainable" for area, (trainable, total) in counts.items()
+    )
 
 
 def near(entry: str, names: Sequence[str], most: int = 3) -> list[str]:
