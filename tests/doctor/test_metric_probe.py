@@ -33,6 +33,11 @@ def counts(predictions: list[Boxes], truths: list[Boxes]) -> dict[str, float]:
     return {"precision": tp / max(tp + fp, 1), "recall": tp / max(tp + fn, 1), "f1": 2 * tp / max(2 * tp + fp + fn, 1)}
 
 
+def precise_about_nothing(predictions: list[Boxes], truths: list[Boxes]) -> dict[str, float]:
+    figures = counts(predictions, truths)
+    return {**figures, "precision": figures["precision"] if any(map(len, predictions)) else 1.0}
+
+
 def mean_best(predictions: list[Boxes], truths: list[Boxes]) -> float:
     best = [
         max((iou(a, b) for a in found), default=0.0)
@@ -73,7 +78,9 @@ def with_labels(predictions: list[list[dict[str, Any]]], truths: list[list[dict[
     return total
 
 
-@pytest.mark.parametrize("metric", [counts, mean_best, f1_alone, recall_alone, with_errors, with_labels])
+@pytest.mark.parametrize(
+    "metric", [counts, precise_about_nothing, mean_best, f1_alone, recall_alone, with_errors, with_labels]
+)
 def test_right_metrics_are_left_alone(metric: Any) -> None:
     faults, told = probe_metric(metric)
     assert faults == []
@@ -90,6 +97,16 @@ def swallowing(predictions: list[Boxes], truths: list[Boxes]) -> float:
     for found, wanted in zip(predictions, truths, strict=True):
         try:
             values.append(f1_alone([found], [wanted]))
+        except Exception:
+            values.append(0.0)
+    return sum(values) / len(values)
+
+
+def failing_inside(predictions: list[Boxes], truths: list[Boxes]) -> float:
+    values = []
+    for found, wanted in zip(predictions, truths, strict=True):
+        try:
+            values.append(iou(found[0]["bbox"], wanted[0]["bbox_2d"]))  # type: ignore[call-overload]
         except Exception:
             values.append(0.0)
     return sum(values) / len(values)
@@ -136,6 +153,7 @@ def corner_form(predictions: list[Boxes], truths: list[Boxes]) -> float:
     [
         (first_only, "E02"),
         (swallowing, "E01"),
+        (failing_inside, "E01"),
         (skipping, "E12"),
         (many_to_one, "E10"),
         (precision_many_to_one, "E10"),

@@ -84,7 +84,14 @@ def probe_metric(metric: Callable[..., Any], truths: Sequence[Picture] = ()) -> 
         faults.append(Fault(identifier, evidence))
 
     best = _best(perfect)
-    if best is not None and best < 0.99:
+    silent = spoilt is not None and not _says_errors(perfect, spoilt)
+    if best is not None and best == 0 and not any((empty or {}).values()) and silent:
+        # nothing scores, and what raises is not heard of: what fails inside is caught, picture by picture
+        add(
+            "E01",
+            f"predictions equal to the truth score {_show(perfect)}, and one that raises when it is read gives no error",
+        )
+    elif best is not None and best < 0.99:
         if (_best(swapped) or 0) > max(best + 0.05, 0.95):
             add("E09", f"perfect predictions score {best:.3f}, the same with x and y swapped {_best(swapped):.3f}")
         elif (_best(empty) or 0) > best:
@@ -101,7 +108,8 @@ def probe_metric(metric: Callable[..., Any], truths: Sequence[Picture] = ()) -> 
         elif swapped is not None and _unmoved(perfect, swapped):
             add("E09", f"predictions with x and y swapped score {_show(swapped)}, as perfect ones do")
         blind = _blind_to_copies(perfect, added, doubled) if added and doubled else ""
-        if empty is not None and (_best(empty) or 0) >= 0.5:
+        nothing = [value for name, value in _scores(empty).items() if "prec" not in name.lower()]  # of none may be 1
+        if nothing and min(nothing) >= 0.5:
             add("E12", f"no prediction at all scores {_show(empty)}")
         elif half is not None and _unmoved(perfect, half) and not blind:  # a precision alone is not moved either
             add(
@@ -120,7 +128,7 @@ def probe_metric(metric: Callable[..., Any], truths: Sequence[Picture] = ()) -> 
             add("E10", f"each box predicted twice scores {blind}: a true box is counted as found more than once")
         elif doubled is not None and copied is not None and _unmoved(perfect, doubled) and _unmoved(perfect, copied):
             add("E02", f"five copies of the first box score {_show(copied)}, as one box for each true one does")
-    if spoilt is not None and best is not None and best >= 0.99 and not _says_errors(perfect, spoilt):
+    if silent and best is not None and best >= 0.99:
         add("E01", f"a prediction that raises when it is read gives no error; the score is {_show(spoilt)}")
     shown = (
         ("perfect", perfect),
