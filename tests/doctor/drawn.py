@@ -73,7 +73,9 @@ def talk(question: str, answer: str, image: Any) -> Row:
 Change = Callable[[list[tuple[float, ...]], Row], tuple[list[tuple[float, ...]], tuple[float, float]]]
 
 
-def make_convert(change: Change | None = None, *, question: str = "Find every logo.", label: str = "logo") -> Callable[[Row], Row]:
+def make_convert(
+    change: Change | None = None, *, question: str = "Find every logo.", label: str = "logo"
+) -> Callable[[Row], Row]:
     """Return a converter of rows in xyxy/pixel; `change` spoils boxes or scale."""
 
     def convert(row: Row) -> Row:

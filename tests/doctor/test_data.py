@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from tests.doctor.drawn import SETTINGS, SIZES, Row, answer_of, draw_rows, make_convert, talk
 
+from tests.doctor.drawn import SETTINGS, SIZES, Row, answer_of, draw_rows, make_convert, talk
 from vlmdet.doctor import Report, Subject, examine
 
 
@@ -62,7 +62,9 @@ def test_boxes_that_are_not_as_declared(declared: str, stored: str, named: str) 
 
 def swapped(boxes: list[tuple[float, ...]], row: Row) -> Any:
     width, height = row["image"].size
-    return [(b[1] / height * width, b[0] / width * height, b[3] / height * width, b[2] / width * height) for b in boxes], (1000 / width, 1000 / height)
+    return [
+        (b[1] / height * width, b[0] / width * height, b[3] / height * width, b[2] / width * height) for b in boxes
+    ], (1000 / width, 1000 / height)
 
 
 def as_sizes(boxes: list[tuple[float, ...]], row: Row) -> Any:
@@ -84,7 +86,9 @@ def constant(boxes: list[tuple[float, ...]], row: Row) -> Any:
     return boxes, (1.7, 1.7)
 
 
-@pytest.mark.parametrize(("change", "named"), [(swapped, "D01"), (as_sizes, "D02"), (pixels, "D03"), (constant, "D03"), (resized, "D04")])
+@pytest.mark.parametrize(
+    ("change", "named"), [(swapped, "D01"), (as_sizes, "D02"), (pixels, "D03"), (constant, "D03"), (resized, "D04")]
+)
 def test_targets_in_another_order_or_space_than_the_family_writes(change: Any, named: str) -> None:
     settings = {**SETTINGS, "max_pixels": 112_896}
     assert ids(healthy(convert=make_convert(change), settings=settings))[0] == named
@@ -100,14 +104,20 @@ def test_pixels_of_the_resized_picture_are_right_for_qwen2_5() -> None:
 def test_rows_with_y_first_and_a_converter_that_knows_are_healthy_even_undeclared() -> None:
     def turn(boxes: list[tuple[float, ...]], row: Row) -> Any:
         width, height = row["image"].size
-        return [(b[1] * width, b[0] * height, b[3] * width, b[2] * height) for b in boxes], (1000 / width, 1000 / height)
+        return [(b[1] * width, b[0] * height, b[3] * width, b[2] * height) for b in boxes], (
+            1000 / width,
+            1000 / height,
+        )
 
     rows = draw_rows(box_format="yxyx/fraction")
     assert ids(report_of(rows, convert=make_convert(turn))) == []
 
     def careless(boxes: list[tuple[float, ...]], row: Row) -> Any:
         width, height = row["image"].size
-        return [(b[0] * width, b[1] * height, b[2] * width, b[3] * height) for b in boxes], (1000 / width, 1000 / height)
+        return [(b[0] * width, b[1] * height, b[2] * width, b[3] * height) for b in boxes], (
+            1000 / width,
+            1000 / height,
+        )
 
     assert ids(report_of(rows, convert=make_convert(careless)))[0] == "D01"
 
@@ -144,7 +154,9 @@ def turned_rows(*, annotated: str) -> list[Row]:
     rows = draw_rows(16)
     for row in rows:
         upright = row["image"]
-        stored = upright.transpose(Image.Transpose.ROTATE_90)  # shown turned by 90 degrees clockwise, it is upright again
+        stored = upright.transpose(
+            Image.Transpose.ROTATE_90
+        )  # shown turned by 90 degrees clockwise, it is upright again
         tag = Image.Exif()
         tag[274] = 6
         file = io.BytesIO()
@@ -152,7 +164,9 @@ def turned_rows(*, annotated: str) -> list[Row]:
         row["image"] = {"bytes": file.getvalue(), "path": None}
         if annotated == "stored":
             row["width"], row["height"] = stored.size
-            row["objects"]["bbox"] = [[b, upright.width - c, d, upright.width - a] for a, b, c, d in row["objects"]["bbox"]]
+            row["objects"]["bbox"] = [
+                [b, upright.width - c, d, upright.width - a] for a, b, c, d in row["objects"]["bbox"]
+            ]
     return rows
 
 
@@ -301,7 +315,9 @@ def test_a_field_that_is_not_there() -> None:
 
 
 def test_a_field_that_is_silently_empty() -> None:
-    report = healthy(convert=lambda row: talk("Find every logo.", answer_of(row.get("boxes", []), (1, 1)), row["image"]))
+    report = healthy(
+        convert=lambda row: talk("Find every logo.", answer_of(row.get("boxes", []), (1, 1)), row["image"])
+    )
     assert ids(report)[0] == "D15"
 
 
@@ -322,7 +338,10 @@ def test_objects_under_one_image_token_and_pictures_that_are_refused() -> None:
 
 def test_stale_rows(tmp_path: Path) -> None:
     rows = draw_rows()
-    lines = [json.dumps({"id": row["id"], "messages": make_convert(question="Old question")(row)["messages"]}) for row in rows]
+    lines = [
+        json.dumps({"id": row["id"], "messages": make_convert(question="Old question")(row)["messages"]})
+        for row in rows
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     settings = {**SETTINGS, "cached_rows": str(tmp_path / "rows.jsonl")}
     report = healthy(rows=rows, settings=settings)

@@ -37,7 +37,9 @@ def add_doctor(verbs: Any) -> None:
     doctor.add_argument("source", metavar="SOURCE", nargs="?", help="a folder, a file, or the id of a hub data set")
     doctor.add_argument("--config", metavar="C", help="a recipe's name or file: its model, limits and prompts")
     doctor.add_argument("--model", metavar="M", help="tiny (default), a hub id, a folder or a run")
-    doctor.add_argument("--run", dest="run_dir", metavar="RUN", help="a finished run of any Trainer; alone, its logs are read")
+    doctor.add_argument(
+        "--run", dest="run_dir", metavar="RUN", help="a finished run of any Trainer; alone, its logs are read"
+    )
     for flag, what in OWN.items():
         doctor.add_argument(f"--{flag}", metavar="file.py:NAME", help=f"your own: {what}")
     doctor.add_argument("--stage", metavar="STAGE,…", help="data, conversation, template, labels, vision, model, …")
@@ -62,7 +64,9 @@ def _doctor(args: argparse.Namespace) -> None:
     if args.source is not None and "=" in args.source and not Path(args.source).exists():
         args.overrides, args.source = [args.source, *args.overrides], None
     if args.source is None and run is None and not names:
-        raise ConfigError("nothing to examine", "name a data set, --run RUN, or your own code, e.g. --collator train.py:Collator")
+        raise ConfigError(
+            "nothing to examine", "name a data set, --run RUN, or your own code, e.g. --collator train.py:Collator"
+        )
     base: dict[str, Any] = {"data": {"source": args.source or "none", **reading(args), **selection(args)}}
     overrides = [*args.overrides, *([f"model.name={args.model}"] if args.model else [])]
     if not args.config:

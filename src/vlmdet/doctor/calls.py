@@ -175,7 +175,14 @@ def call_parse(parse: Callable[..., Any], text: str, width: int, height: int, **
     """Call the user's parser with the text, and with the picture's size where it takes one; return what it returns."""
     parameters = parameters_of(parse)
     names = [one for one in parameters.values() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    known = {"width": width, "height": height, "w": width, "h": height, "image_width": width, "image_height": height}
+    known: dict[str, Any] = {
+        "width": width,
+        "height": height,
+        "w": width,
+        "h": height,
+        "image_width": width,
+        "image_height": height,
+    }
     known |= {"img_width": width, "img_height": height, "img_w": width, "img_h": height, "orig_width": width}
     known |= {"orig_height": height, "original_width": width, "original_height": height}
     known |= {

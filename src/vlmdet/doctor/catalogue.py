@@ -163,7 +163,7 @@ S08 | 2 | Quantised off the template, or vision quantised | GPTQ or AWQ accuracy
 S09 | 2 | Throughput counts what was not done | Incredible throughput | Count unique pictures and successes, by the wall clock | seen in practice
 S10 | 1 | The server's installation changed libraries | Import errors after installing the server | An environment of its own | seen in practice
 S11 | 2 | Several pictures in one request are mixed up | The second picture's boxes are wrong | One picture per request, or check order and sizes | vllm#14662
-"""
+"""  # noqa: E501  one row a line
 
 _UNCHECKED = {
     "S11": "a running server with pictures of several requests (the catalogue: not on a CPU)",

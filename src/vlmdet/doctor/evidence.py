@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from vlmdet.doctor.gather.conversations import Example
 from vlmdet.doctor.gather.files import Artefact, Run, read_artefacts, read_run
 from vlmdet.doctor.gather.options import Options
 from vlmdet.doctor.gather.text_boxes import Space, boxes_in, read_space
+from vlmdet.doctor.sampling import every as every
 from vlmdet.doctor.subject import Subject
 from vlmdet.errors import VlmdetError
 
@@ -73,9 +74,9 @@ def once(make: Callable[[Evidence], _T]) -> Callable[[Evidence], _T]:
                 raise
             except Exception as error:  # the same answer to everyone who asks
                 self._kept[name] = (None, error)
-        value, error = self._kept[name]
-        if error is not None:
-            raise error
+        value, raised = self._kept[name]
+        if raised is not None:
+            raise raised
         return value
 
     return kept
@@ -435,7 +436,9 @@ class Evidence:
         Raises:
             UserCodeError: it raised.
         """
-        batch = call("collate", self.collator(), [conversations.copied(raw) for raw in raws], about=f"{name}: {', '.join(where)}")
+        batch = call(
+            "collate", self.collator(), [conversations.copied(raw) for raw in raws], about=f"{name}: {', '.join(where)}"
+        )
         if hasattr(batch, "data") and not hasattr(batch, "keys"):
             batch = batch.data
         return read_batch(batch, name, where, answers, [len(conversations.pictures_of(raw)) for raw in raws])
@@ -670,11 +673,3 @@ def family_name(options: Options, model: Any, processor: Any) -> str:
             if word in flat:
                 return name
     return ""
-
-
-def every(rows: Sequence[_T], most: int) -> Iterator[_T]:
-    """Yield at most so many rows, evenly chosen."""
-    if len(rows) <= most:
-        yield from rows
-    else:
-        yield from (rows[int(i)] for i in np.unique(np.linspace(0, len(rows) - 1, most).astype(int)))

@@ -21,9 +21,10 @@ from typing import Any
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError
 from vlmdet.doctor.catalogue import ENTRIES
-from vlmdet.doctor.checks import STAGES, Check, checks_of, found
+from vlmdet.doctor.checks import STAGES, Check, checks_of
 from vlmdet.doctor.evidence import Evidence
 from vlmdet.doctor.findings import Checked, Finding, NotRun, Report, finding_from_dict, rank
+from vlmdet.doctor.foreign import foreign_finding
 from vlmdet.doctor.subject import Subject
 from vlmdet.errors import ConfigError, VlmdetError, did_you_mean
 
@@ -31,8 +32,6 @@ MEMORY = 6 * 2**30
 """Bytes that a forked examination may use beyond what its parent has."""
 
 RESTARTS = 3
-_FOREIGN = {"convert": "D15", "collate": "C06", "render": "C03", "parse": "E01", "decode": "E05", "metric": "E01",
-            "build_trainer": "M02", "template": "T01", "trainer": "M08", "model": "V05"}  # fmt: skip
 
 
 def examine(
@@ -107,10 +106,10 @@ def run_check(check: Check, evidence: Evidence) -> Iterator[_Result]:
         return
     settled: set[str] = set()
     try:
-        for one in check.run(evidence):
-            settled.add(one.id)
-            kind = {Finding: "finding", Checked: "checked", NotRun: "not_run"}[type(one)]
-            yield kind, asdict(one)
+        for said in check.run(evidence):
+            settled.add(said.id)
+            kind = {Finding: "finding", Checked: "checked", NotRun: "not_run"}[type(said)]
+            yield kind, asdict(said)
     except NotAvailable as error:
         for one_id in set(check.ids) - settled:
             yield "not_run", asdict(NotRun(one_id, ENTRIES[one_id].title, str(error)))
@@ -136,55 +135,6 @@ def run_check(check: Check, evidence: Evidence) -> Iterator[_Result]:
         return
     for one_id in set(check.ids) - settled:
         yield "checked", asdict(Checked(one_id, ENTRIES[one_id].title, ""))
-
-
-def foreign_finding(error: UserCodeError) -> Finding:
-    """Make a finding of an exception of user code, with the id that fits what it says."""
-    text = error.text
-    low = text.lower()
-    identifier = _FOREIGN.get(error.what, "D15")
-    if error.what == "collate":
-        if "flat list" in low or "nested" in low:
-            identifier = "C06"
-        elif "image features and image tokens" in low or "features and image tokens" in low or "mismatch" in low:
-            identifier = "T09" if "truncat" in low or "max_length" in low else "V05"
-        elif isinstance(error.error, KeyError):
-            identifier = "D15"
-        elif any(
-            word in low for word in ("placeholder", "number of images", "images in the", "image tokens", "num_image")
-        ):
-            identifier = "C05"
-        elif any(word in low for word in ("channel", "mode", "rgba", "dimension")):
-            identifier = "D07"
-        elif "aspect ratio" in low:
-            identifier = "D17"
-        elif isinstance(error.error, StopIteration) or "out of range" in low or "not enough values" in low:
-            identifier = "C05"
-    elif "aspect ratio" in low:
-        identifier = "D17"
-    elif error.what in ("build_trainer", "trainer"):
-        if "require grad" in low or "does not require" in low or "no grad" in low:
-            identifier = "M01" if error.what == "build_trainer" else "M08"
-        elif "target modules" in low or "target_modules" in low:
-            identifier = "M05" if "not supported" in low else "M04"
-        elif "empty parameter list" in low or "no trainable" in low:
-            identifier = "M01"
-        elif "features and image tokens" in low:
-            identifier = "V05"
-        elif "save_steps" in low and "eval_steps" in low:
-            identifier = "O05"
-    entry = ENTRIES[identifier]
-    shown = f"{error.where}\n    {error.line}\n{text}" if error.line else f"{error.where}\n{text}"
-    return found(
-        identifier,
-        where=error.where + (f", on {error.subject}" if error.subject else ""),
-        evidence=shown,
-        cause=f"your {error.what} raised {text}",
-        severity=max(entry.severity, 3)
-        if error.what in ("convert", "collate", "build_trainer", "trainer")
-        else entry.severity,
-        certainty=0.9,
-    )
 
 
 # ---- where they run -------------------------------------------------------------------------------------------------

@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.data.dataset import build_messages, build_row
 from vlmdet.doctor.calls import as_boxes
+from vlmdet.doctor.sampling import every
 from vlmdet.doctor.subject import Subject
 from vlmdet.errors import ConfigError, did_you_mean
 from vlmdet.grounding import View, get_codec
@@ -57,10 +56,7 @@ def load_object(text: str, flag: str) -> Any:
 
 def raw_rows(dataset: DetectionDataset, *, limit: int = ROWS) -> dict[str, list[dict[str, Any]]]:
     """Write samples of our readers as raw rows: `{"id", "image", "width", "height", "objects": {"bbox", "category"}}`."""
-    splits = {}
-    for name, samples in dataset.splits.items():
-        chosen = np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)) if len(samples) else []
-        splits[name] = [_raw(samples[int(i)]) for i in chosen]
+    splits = {name: [_raw(sample) for sample in every(samples, limit)] for name, samples in dataset.splits.items()}
     return {name: rows for name, rows in splits.items() if rows}
 
 
@@ -100,7 +96,11 @@ def our_parts(processor: Any, labels: Sequence[str], settings: Settings, *, mode
         boxes = Boxes.from_array(objects["bbox"], FRACTIONS, row["width"], row["height"])
         sample = Sample(str(row["id"]), picture, row["width"], row["height"], boxes, tuple(objects["category"]))
         return build_row(
-            sample, labels=labels, codec=codec, box_order=settings.data.box_order, view=view_of(row["width"], row["height"])
+            sample,
+            labels=labels,
+            codec=codec,
+            box_order=settings.data.box_order,
+            view=view_of(row["width"], row["height"]),
         )
 
     def render(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -136,7 +136,10 @@ def our_metric(predictions: Sequence[Any], truths: Sequence[Any]) -> dict[str, f
     top = max((abs(number) for side in read for one in side for _, box in one for number in box), default=1.0) or 1.0
     rows: list[Any] = []
     for i, (predicted, true) in enumerate(zip(*read, strict=True)):
-        sides = [([[n / top for n in box] for _, box in one], [label or "object" for label, _ in one]) for one in (predicted, true)]
+        sides = [
+            ([[n / top for n in box] for _, box in one], [label or "object" for label, _ in one])
+            for one in (predicted, true)
+        ]
         (boxes, labels), (true_boxes, true_labels) = sides
         truth = {"boxes": true_boxes, "labels": true_labels, "ignore": [False] * len(true_boxes)}
         rows.append({"id": str(i), "image": "", "width": 1, "height": 1, "truth": truth, "text": "", "boxes": boxes, "labels": labels,
@@ -144,10 +147,14 @@ def our_metric(predictions: Sequence[Any], truths: Sequence[Any]) -> dict[str, f
                      "tokens": {"prompt": 0, "image": 0, "answer": 0}, "truncated": False, "ms": 0, "error": None})  # fmt: skip
     asked = sorted({label for one in read[1] for boxes in one for label in [boxes[0] or "object"]} | {"object"})
     figures = score_rows(rows, labels_asked=asked, resamples=0)
-    return {name: float(value) for name in ("f1_50", "f1", "mean_best_iou") if (value := figures[name]["value"]) is not None}
+    return {
+        name: float(value) for name in ("f1_50", "f1", "mean_best_iou") if (value := figures[name]["value"]) is not None
+    }
 
 
-def subject_of(dataset: DetectionDataset, settings: Settings, processor: Any, *, model_type: str, **more: Any) -> Subject:
+def subject_of(
+    dataset: DetectionDataset, settings: Settings, processor: Any, *, model_type: str, **more: Any
+) -> Subject:
     """Return our own pipeline on a data set as a subject; `more` are fields of the user's that take the place of ours."""
     fields: dict[str, Any] = {
         "splits": raw_rows(dataset),
@@ -192,7 +199,13 @@ def make_subject(
     Input: `names`, field -> `file.py:name` of the user's own code; `read`, opens the data set.
     Output: with a source our own pipeline, with the user's functions in place of ours; without one what was named alone.
     """
-    flags = {"convert": "--convert", "collate": "--collator", "parse": "--parse", "metric": "--metric", "build_trainer": "--trainer"}
+    flags = {
+        "convert": "--convert",
+        "collate": "--collator",
+        "parse": "--parse",
+        "metric": "--metric",
+        "build_trainer": "--trainer",
+    }
     own = {field: load_object(text, flags[field]) for field, text in names.items()}
     if source is None:
         return Subject(run_dir=run_dir, **own)

@@ -110,10 +110,16 @@ def write_report(path: Path, report: Report, *, title: str = "Doctor") -> Path:
 def _section(one: Finding, consequences: list[Finding]) -> Markup:
     evidence = html.render("<pre>{{ text }}</pre>", text=one.evidence)
     parts = [
-        html.paragraph(f"Severity {one.severity} ({WEIGHTS[one.severity]}), stage {one.stage}, certainty {one.certainty:.0%}; {one.where}"),
+        html.paragraph(
+            f"Severity {one.severity} ({WEIGHTS[one.severity]}), stage {one.stage}, certainty {one.certainty:.0%}; {one.where}"
+        ),
         evidence,
-        html.grid([html.figure(uri, f"boxes of {one.id}") for uri in one.pictures], least="20rem") if one.pictures else Markup(""),
-        html.table(["", ""], [[name, text] for name, text in _lines(one) if name not in ("where", "evidence")], row_heads=True),
+        html.grid([html.figure(uri, f"boxes of {one.id}") for uri in one.pictures], least="20rem")
+        if one.pictures
+        else Markup(""),
+        html.table(
+            ["", ""], [[name, text] for name, text in _lines(one) if name not in ("where", "evidence")], row_heads=True
+        ),
     ]
     if consequences:
         rows = [[other.id, other.title, _first_line(other.evidence)] for other in consequences]

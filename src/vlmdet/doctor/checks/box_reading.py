@@ -134,7 +134,7 @@ def _misread(
     evidence: Evidence, shown: Sequence[Shown], ours: BoxFormat, other: BoxFormat, text: str, certainty: float
 ) -> Finding:
     example = shown[0] if shown else None
-    pictures = ()
+    pictures: tuple[str, ...] = ()
     where = "the rows' boxes"
     if example is not None and example.annotation.boxes is not None:
         where = example.annotation.where
@@ -191,12 +191,22 @@ def space_of_targets(evidence: Evidence) -> Outcome:
             and bool(_Y_FIRST.search(prompts)) != (space.order == "yxyx")
         ):
             told.add("D01")
-            yield found("D01", where=example.where, evidence=shown, certainty=(0.95 if native else 0.7) * sure,
-                        cause=f"the targets are written {space.order}, and {family or 'the usual model'} writes {wanted}")  # fmt: skip
+            yield found(
+                "D01",
+                where=example.where,
+                evidence=shown,
+                certainty=(0.95 if native else 0.7) * sure,
+                cause=f"the targets are written {space.order}, and {family or 'the usual model'} writes {wanted}",
+            )
         elif lead > 0.08 and space.order in ("xywh", "cxcywh") and not _SIZES.search(prompts):
             told.add("D02")
-            yield found("D02", where=example.where, evidence=shown, certainty=0.9 * sure,
-                        cause=f"the targets are written {space.order}, and models write corners")  # fmt: skip
+            yield found(
+                "D02",
+                where=example.where,
+                evidence=shown,
+                certainty=0.9 * sure,
+                cause=f"the targets are written {space.order}, and models write corners",
+            )
         finding = _wrong_space(space, native, family, prompts, example.where, shown)
         if finding is not None:
             told.add(finding.id)
@@ -226,8 +236,14 @@ def _wrong_space(
         return None
     identifier = "D03" if space.unit in ("pixel", "fraction", "percent") else "D04"
     asked = bool(_UNITS.search(prompts)) and space.unit in ("pixel", "fraction", "percent")
-    names = {"per_mille": "0-1000 of the picture", "bins": "0-1023", "fraction": "fractions 0-1", "percent": "per cent",
-             "pixel": "pixels of the original picture", "resized": "pixels of the resized picture"}  # fmt: skip
+    names = {
+        "per_mille": "0-1000 of the picture",
+        "bins": "0-1023",
+        "fraction": "fractions 0-1",
+        "percent": "per cent",
+        "pixel": "pixels of the original picture",
+        "resized": "pixels of the resized picture",
+    }
     return found(
         identifier,
         where=where,
@@ -272,8 +288,13 @@ def _scaled(evidence: Evidence, space: Space, shown: str) -> Finding | None:
         for name, (slope, offset, _) in zip("xy", fits, strict=True)
     )
     identifier = "D01" if order == "yxyx" else "D02" if order in ("xywh", "cxcywh") else "D03"
-    return found(identifier, where="targets", evidence=f"{shown}\nfitted as {order}, {text}", certainty=0.85,
-                 cause="the numbers of the targets are the true pixels times a constant that is of no picture's size")  # fmt: skip
+    return found(
+        identifier,
+        where="targets",
+        evidence=f"{shown}\nfitted as {order}, {text}",
+        certainty=0.85,
+        cause="the numbers of the targets are the true pixels times a constant that is of no picture's size",
+    )
 
 
 @check("D12", needs=("rows|splits",))
@@ -302,10 +323,14 @@ def boxes_left_out(evidence: Evidence) -> Outcome:
         raise NotAvailable("rows with several boxes beside their targets")
     if worst is not None and fewer >= max(1, 0.1 * several) and boxes_in(" ".join(evidence.targets())):
         one, wanted, written = worst
-        yield found("D12", where=one.where, certainty=min(1.0, 0.5 + fewer / several),
-                    evidence=f"{fewer} of {several} rows with several boxes have fewer in the target; {one.where} has {wanted} boxes "
-                    f"and its target {written}: {one.answer[:300]}",
-                    cause="the converter writes some of the boxes only")  # fmt: skip
+        yield found(
+            "D12",
+            where=one.where,
+            certainty=min(1.0, 0.5 + fewer / several),
+            evidence=f"{fewer} of {several} rows with several boxes have fewer in the target; {one.where} has {wanted} boxes "
+            f"and its target {written}: {one.answer[:300]}",
+            cause="the converter writes some of the boxes only",
+        )
     else:
         yield looked(
             "D12",
@@ -355,11 +380,11 @@ def picture_and_boxes(evidence: Evidence) -> Outcome:
         raise NotAvailable("a converter whose picture and target can be read back")
     moved = [one for one in wrong if float(paired_iou(np.array([one[0]]), one[1][None])[0]) < 0.9]
     if wrong and (moved or fine):
-        place, where, read, iou, image = (moved or wrong)[0]
+        spot, where, read, iou, image = (moved or wrong)[0]
         yield found(
             "D09",
             where="your convert",
-            evidence=f"a red rectangle drawn at {list(place)} (fractions) is at {np.round(where, 3).tolist()} in the converted picture, and the "
+            evidence=f"a red rectangle drawn at {list(spot)} (fractions) is at {np.round(where, 3).tolist()} in the converted picture, and the "
             f"target says {read.tolist()} (IoU {iou:.2f}); so on {len(wrong)} of {len(wrong) + fine} drawn rows",
             cause="the converter changes the picture and not the boxes"
             if moved

@@ -158,7 +158,7 @@ def read_annotation(row: Any, split: str, index: int, names: Mapping[str, Sequen
         if value is not None and not isinstance(value, (int, float)):
             picture_value, keys["picture"] = value, key
             break
-    holder, boxes_value, labels_value = _find_objects(row, keys)
+    _, boxes_value, labels_value = _find_objects(row, keys)
     entries = plain(boxes_value)
     boxes, odd = (None, 0) if entries is None else _numbers(entries)
     count = 0 if boxes is None else len(boxes)

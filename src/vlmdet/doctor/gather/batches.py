@@ -96,7 +96,7 @@ def read_batch(
         ids=ids,
         labels=labels,
         mask=[[int(bool(one)) for one in row] for row in mask],
-        grids=None if grid is None else [tuple(int(one) for one in row) for row in as_array(grid).reshape(-1, 3)],
+        grids=None if grid is None else [(int(t), int(h), int(w)) for t, h, w in as_array(grid).reshape(-1, 3)],
         pixels=None if pixels is None else as_array(pixels),
         raw=raw,
         pictures=tuple(pictures),

@@ -210,7 +210,7 @@ _ANSWER_KEYS = ("text", "prediction", "predictions", "output", "response", "gene
 
 def read_lines(file: Path, limit: int = 20_000) -> list[dict[str, Any]]:
     """Read the objects of a JSON lines file, at most `limit`; lines that are none are left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with file.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             if len(rows) >= limit:

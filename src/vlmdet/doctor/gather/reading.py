@@ -16,6 +16,7 @@ from vlmdet.boxes import FORMATS, Boxes, BoxFormat
 from vlmdet.doctor.calls import NotAvailable
 from vlmdet.doctor.gather.annotations import Annotation, open_stored
 from vlmdet.doctor.gather.contrast import compare_readings, thumbnail
+from vlmdet.doctor.sampling import every
 from vlmdet.images import BROKEN, to_upright_rgb
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ def open_some(evidence: Evidence) -> list[Shown]:
         and one.picture.orientation == 1
     ]
     shown = []
-    places = np.unique(np.linspace(0, len(usable) - 1, min(LOOKED_AT, len(usable))).astype(int)) if usable else []
-    for one in (usable[int(i)] for i in places):
+    for one in every(usable, LOOKED_AT):
         try:
             image = to_upright_rgb(open_stored(evidence.splits()[one.split].raw(one.row)[one.keys["picture"]]))
         except (*BROKEN, Image.DecompressionBombError):
@@ -60,7 +60,7 @@ def open_some(evidence: Evidence) -> list[Shown]:
 
 def read_as(one: Annotation, box_format: BoxFormat) -> np.ndarray:
     """Return a row's boxes, (n, 4) fractions, read in a format."""
-    return Boxes.from_array(np.nan_to_num(one.boxes), box_format, *(one.size or (1, 1))).xyxy
+    return Boxes.from_array(np.nan_to_num(np.asarray(one.boxes)), box_format, *(one.size or (1, 1))).xyxy
 
 
 def invalid_share(annotations: Sequence[Annotation], box_format: BoxFormat) -> float:

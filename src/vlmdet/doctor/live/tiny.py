@@ -144,7 +144,7 @@ def small_config(config: PretrainedConfig, processor: Any) -> PretrainedConfig:
     for name in ("projection_dim", "vision_feature_dim"):
         if isinstance(getattr(small, name, None), int):
             setattr(small, name, 64)
-    if isinstance(getattr(vision, "projection_dim", None), int):
+    if vision is not None and isinstance(getattr(vision, "projection_dim", None), int):
         vision.projection_dim = 64
     _set_ids(small, text, processor, tokenizer)
     small.tie_word_embeddings = text.tie_word_embeddings = True

@@ -80,7 +80,7 @@ def build(evidence: Evidence) -> Built:
     """
     function = evidence.need("build_trainer")
     given = {"processor": evidence.subject.processor, "model": None, "settings": evidence.subject.settings}
-    chosen = {key: value for key, value in fill(function, {k: v for k, v in given.items() if v is not None}).items()}
+    chosen = fill(function, {k: v for k, v in given.items() if v is not None})
     if any(one == "model" for one in _required(function)):
         chosen["model"] = evidence.tiny().model
     with patched(evidence) as loads, _heard() as heard:
@@ -129,10 +129,10 @@ def _heard() -> Iterator[list[str]]:
 @contextlib.contextmanager
 def small_pictures(*holders: Any) -> Iterator[None]:
     """Let picture processors make small pictures for the time of the block."""
-    kept = []
+    kept: list[tuple[Any, Any, Any]] = []
     for holder in holders:
         images = getattr(holder, "image_processor", None)
-        size = getattr(images, "size", None)
+        size: Any = getattr(images, "size", None)
         if images is None or any(images is one for one, _, _ in kept):
             continue
         try:
