@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmdet.doctor.calls import NotAvailable, UserCodeError, call, place_of
+from vlmdet.doctor.calls import NotAvailable, UserCodeError, call, parameters_of, place_of
 from vlmdet.doctor.checks import Outcome, found, looked, skipped
 from vlmdet.doctor.checks.picture_paths import collate_drawn, merge_of, one_picture, plain_picture, processor_grid
 from vlmdet.doctor.evidence import once
@@ -21,7 +21,8 @@ from vlmdet.doctor.gather.batches import Batch, as_array
 if TYPE_CHECKING:
     from vlmdet.doctor.evidence import Evidence
 
-WIDE, TALL = (336, 168), (168, 336)
+WIDE, TALL = (336, 112), (168, 252)
+"""Sizes of drawn pictures: of other shape, and of another number of tokens on the longer side."""
 FAULTY = ((4, 55, 0), (4, 56, 0))
 """Releases of transformers, first and last, whose Qwen-VL positions are wrong: transformers#40136, mended by PR#40490."""
 
@@ -142,15 +143,12 @@ def _rope_index(model: Any, batch: Batch, token: int | None) -> np.ndarray:
         raise NotAvailable("a model with positions of three axes (get_rope_index)")
     ids = torch.tensor(batch.ids)
     given: dict[str, Any] = {"image_grid_thw": torch.tensor(batch.grids), "attention_mask": torch.tensor(batch.mask)}
-    if "mm_token_type_ids" in _names(holder.get_rope_index):
+    if any(
+        one.name == "mm_token_type_ids" or one.kind == one.VAR_KEYWORD
+        for one in parameters_of(holder.get_rope_index).values()
+    ):
         given["mm_token_type_ids"] = (ids == token).int()
     return as_array(call("model", holder.get_rope_index, ids, **given)[0])
-
-
-def _names(function: Any) -> list[str]:
-    from vlmdet.doctor.calls import parameters_of
-
-    return list(parameters_of(function))
 
 
 def _compare(evidence: Evidence, batch: Batch, positions: np.ndarray) -> str:

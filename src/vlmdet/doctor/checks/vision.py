@@ -144,11 +144,18 @@ def pictures_arrive(evidence: Evidence) -> Outcome:
         raise NotAvailable("pixel_values in the batch")
     values = [channels(one.pixels) for one in single if one.pixels is not None]
     told = f"red {RED} gives {_three(values[0])}, blue {BLUE} gives {_three(values[1])}"
-    if values[0] is not None and values[1] is not None and np.allclose(values[0], values[1], atol=1e-3):
+    other = collate_drawn(evidence, pair[:1], [plain_picture(*SIZES[0], BLUE)], "one row")[0].pixels
+    first_pixels = single[0].pixels
+    if (
+        other is not None
+        and first_pixels is not None
+        and other.shape == first_pixels.shape
+        and np.allclose(other, first_pixels, atol=1e-3)
+    ):
         yield found(
             "V06",
             where=place,
-            evidence=f"a red and a blue picture, each alone through your collator: {told} (median of each channel)",
+            evidence=f"a red and a blue picture of the same size, each alone through your collator: equal pixel values ({told}, median of each channel)",
             cause="the picture of the row does not reach the batch: the same pixels whatever the picture is",
         )
         return

@@ -186,7 +186,11 @@ def _limits_in(value: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def own_limit(evidence: Evidence, option: str) -> float | None:
-    """Return the limit that the processor itself carries."""
+    """Return the limit that the processor itself carries; an attribute set on it comes before its `size`, as transformers 5 reads it."""
+    images = getattr(evidence.subject.processor, "image_processor", None)
+    value = vars(images).get(option) if hasattr(images, "__dict__") else None
+    if isinstance(value, (int, float)) and value > 0:
+        return float(value)
     low, high = processor_limits(evidence.subject.processor)
     return {"min_pixels": low, "max_pixels": high}.get(option)
 
@@ -213,9 +217,9 @@ def claimed(evidence: Evidence) -> tuple[float, str] | None:
     told = next((one for one in told_limits(evidence) if one.path == "train" and one.option == "max_pixels"), None)
     if told is not None:
         return told.value, told.text
-    value = vars(getattr(evidence.subject.processor, "image_processor", None) or object).get("max_pixels")
-    own = own_limit(evidence, "max_pixels")
-    if isinstance(value, (int, float)) and value > 0 and (own is None or differ(value, own)):
+    images = getattr(evidence.subject.processor, "image_processor", None)
+    value = vars(images).get("max_pixels") if hasattr(images, "__dict__") else None
+    if isinstance(value, (int, float)) and value > 0:
         return float(value), f"image_processor.max_pixels={value}"
     return None
 
@@ -275,7 +279,7 @@ def limit_obeyed(evidence: Evidence) -> Outcome:
     path = "your collator" if seen.collated else "the processor"
     pixels = area(grid, patch)
     lines = f"{text}; a drawn picture of {seen.size[0]} x {seen.size[1]} through {path}: grid {shown(grid, patch)} = {pixels:,} pixels"
-    own = own_limit(evidence, "max_pixels")
+    own = processor_limits(evidence.subject.processor)[1]
     more = f"; size['longest_edge'] of its picture processor is {own:,.0f}" if own else ""
     tokens = pixels // (patch * merge_of(evidence.subject.processor)) ** 2
     if pixels > 1.1 * limit:
