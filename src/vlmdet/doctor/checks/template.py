@@ -249,8 +249,7 @@ def _lost_in_batch(evidence: Evidence, strings: dict[str, int]) -> Finding | Non
 @check("T04", "T08", "T09", needs=("rows|splits", "processor", "collate"))
 def masks_by_token(evidence: Evidence) -> Outcome:
     """What the verdict on labels says of vocab_size, of padding that is the end token, and of rows that are cut."""
-    for one in supervision.of_stage(evidence, "T"):
-        yield one
+    yield from supervision.of_stage(evidence, "T")
 
 
 @check("T07", needs=("settings|processor",))
