@@ -114,9 +114,11 @@ def _another_model(evidence: Evidence) -> tuple[str, str, float] | None:
     if built is None:
         return None
     model, made = built.model, built.loads.made
+    from peft import PeftModel
+
     native = getattr(model, "_hf_peft_config_loaded", False)
     if carries_adapter(model):
-        if adapter_configs(model) or native:
+        if isinstance(model, PeftModel) or native:
             return None
         return (
             f"the trainer's model is a {type(model).__name__} that holds layers of LoRA and is no PeftModel",

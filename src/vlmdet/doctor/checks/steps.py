@@ -6,11 +6,12 @@ When: as part of `checks.model`.
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError, place_of
 from vlmdet.doctor.checks import Check, Outcome, check, found, looked, skipped
-from vlmdet.doctor.checks.built import argument, gradient_areas
+from vlmdet.doctor.checks.built import argument, gradient_areas, uses_adapter
 from vlmdet.doctor.checks.targets import area_of, plain_name
 
 if TYPE_CHECKING:
@@ -50,10 +51,40 @@ def three_steps(evidence: Evidence) -> Outcome:
     told = list(_without_gradient(evidence, areas, shown, where, checkpointing, keywords))
     yield from told
     if not told:
-        yield looked("M08", shown)
+        if _reentrant(keywords) and checkpointing:
+            yield found(
+                "M08", where=where, severity=2, certainty=0.6, evidence=f"gradient_checkpointing_kwargs={keywords}; here {shown}",
+                cause="blocks are recomputed by re-entering autograd; gradients reach them in this release of transformers, and not in those in which "
+                "the inputs of frozen embeddings carry none",
+            )  # fmt: skip
+        else:
+            yield looked("M08", shown)
         seeing = [area for area in areas if area in ("vision", "merger", "deepstack")]
         yield looked("M13", shown) if seeing else skipped("M13", "trainable parameters in the vision tower")
     yield from _unmoved(steps, where, shown)
+
+
+def _reentrant(keywords: Any) -> bool:
+    return isinstance(keywords, dict) and keywords.get("use_reentrant") is True
+
+
+@check("M08", needs=("settings",))
+def recomputation(evidence: Evidence) -> Outcome:
+    """Read from the settings alone how activations are recomputed beside frozen embeddings."""
+    options = evidence.options
+    if evidence.subject.build_trainer is not None or not options.get("gradient_checkpointing"):
+        raise NotAvailable("build_trainer, or gradient_checkpointing in the settings")
+    keywords = options.get("gradient_checkpointing_kwargs")
+    reentrant = _reentrant(keywords) or options.get("use_reentrant") is True
+    old = re.match(r"4\.", evidence.versions().get("transformers", "")) is not None and keywords is None
+    if (reentrant or old) and uses_adapter(evidence) and not options.get("enable_input_require_grads"):
+        yield found(
+            "M08", where="settings", certainty=0.7 if reentrant else 0.4, severity=3 if reentrant else 2,
+            evidence=f"gradient_checkpointing=True, gradient_checkpointing_kwargs={keywords}, LoRA on frozen embeddings, enable_input_require_grads is not set",
+            cause="blocks are recomputed by re-entering autograd, which passes no gradient where a block's input carries none, as that of frozen embeddings does",
+        )  # fmt: skip
+    else:
+        yield looked("M08", f"gradient_checkpointing_kwargs={keywords}")
 
 
 def _no_graph(error: UserCodeError, where: str, checkpointing: bool, keywords: Any, trainable: int) -> Outcome:
@@ -152,4 +183,4 @@ def _unmoved(steps: Any, where: str, shown: str) -> Outcome:
         )
 
 
-CHECKS: tuple[Check, ...] = (three_steps,)
+CHECKS: tuple[Check, ...] = (three_steps, recomputation)
