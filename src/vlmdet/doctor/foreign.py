@@ -49,6 +49,7 @@ WORDS: tuple[tuple[tuple[str, ...], str], ...] = (
 _BUILDING: tuple[tuple[tuple[str, ...], str], ...] = (
     (("features and image tokens", "image features"), "V05"),
     (("target modules", "target_modules"), "M04"),
+    (("second time", "multiple adapters", "already exists"), "M03"),
     (("is not supported",), "M05"),
     (("empty parameter list", "no trainable", "does not require grad", "not require grad"), "M01"),
     (("require grad", "requires_grad"), "M08"),
@@ -57,11 +58,16 @@ _BUILDING: tuple[tuple[tuple[str, ...], str], ...] = (
     (("columns",), "O07"),
 )
 
+_PARTS = ("visual", "language_model", "vision_tower", "vision_model", "merger", "layers", "multi_modal_projector")
+"""Attributes of a model that freeze policies reach for, and that other releases and families call otherwise."""
+
 
 def identifier_of(error: UserCodeError) -> str:
     """Return the id that fits an exception of user code best."""
-    low = error.text.lower()
+    low = " ".join(str(error.error).split()).lower()  # the whole: what matters may stand at the end of a long text
     if error.what in ("build_trainer", "trainer"):
+        if isinstance(error.error, AttributeError) and any(f"'{name}'" in low for name in _PARTS):
+            return "M06"
         for words, identifier in _BUILDING:
             if any(word in low for word in words):
                 if identifier == "M04" and "not supported" in low:
