@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.doctor.drawn import draw_rows
 
+from tests.doctor.drawn import draw_rows
 from vlmdet.cli import main
 
-CODE = '''
+CODE = """
 def convert(row):
     from PIL import Image
     image = Image.open(row["image"])
@@ -25,7 +25,7 @@ def convert(row):
 
 def broken(row):
     return row["nothing"]
-'''
+"""
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str, 
 
 def test_the_users_own_converter(rows: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     flags = ("--box-format", "xyxy/pixel", "--stage", "data")
-    code, report = run(capsys, str(rows), "--convert", f"{tmp_path / 'bad.py'}:convert", *flags, "--html", str(tmp_path / "page.html"))
+    page = ("--html", str(tmp_path / "page.html"))
+    code, report = run(capsys, str(rows), "--convert", f"{tmp_path / 'bad.py'}:convert", *flags, *page)
     assert code == 1 and report["findings"][0]["id"] == "D01"
     assert "D01" in (tmp_path / "page.html").read_text()
     code, report = run(capsys, str(rows), "--convert", f"{tmp_path / 'good.py'}:convert", *flags, "--only", "D01,D09")
@@ -73,8 +74,9 @@ def test_a_name_that_is_not_there_is_one_line(rows: Path, capsys: pytest.Capture
 def test_logs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = [{"step": 10 * i, "epoch": i, "loss": 2.0 - 0.001 * (i % 2)} for i in range(1, 9)]
     log += [{"step": 10 * i, "epoch": i, "eval_loss": 1.2345678} for i in range(1, 9)]
+    state = json.dumps({"global_step": 80, "max_steps": 80, "log_history": log})
     (tmp_path / "checkpoint-80").mkdir()
-    (tmp_path / "checkpoint-80" / "trainer_state.json").write_text(json.dumps({"global_step": 80, "max_steps": 80, "log_history": log}))
+    (tmp_path / "checkpoint-80" / "trainer_state.json").write_text(state)
     code, report = run(capsys, "--run", str(tmp_path))
     assert code == 1
     assert {one["id"] for one in report["findings"]} & {"O10", "M01"}

@@ -138,7 +138,8 @@ def test_numbers_that_are_cut_and_not_rounded() -> None:
     def convert(row: Row) -> Row:
         width, height = row["image"].size
         texts = [
-            f"<|box_start|>({int(a * 1000 / width)},{int(b * 1000 / height)}),({int(c * 1000 / width)},{int(d * 1000 / height)})<|box_end|>"
+            f"<|box_start|>({int(a * 1000 / width)},{int(b * 1000 / height)}),"
+            f"({int(c * 1000 / width)},{int(d * 1000 / height)})<|box_end|>"
             for a, b, c, d in row["objects"]["bbox"]
         ]
         return talk("Find every logo.", "".join(texts) or "none", row["image"])
@@ -351,3 +352,15 @@ def test_stale_rows(tmp_path: Path) -> None:
 
 def test_sizes_of_the_drawn_rows_are_as_the_tests_say() -> None:
     assert {row["image"].size for row in draw_rows()} == set(SIZES)
+
+
+def test_a_converter_that_resizes_and_writes_pixels_of_what_it_gives() -> None:
+    def convert(row: Row) -> Row:
+        width, height = row["image"].size
+        small = row["image"].resize((width * 3 // 4 // 28 * 28, height * 3 // 4 // 28 * 28))
+        scale = (small.width / width, small.height / height)
+        return talk("Find every logo.", answer_of([tuple(b) for b in row["objects"]["bbox"]], scale), small)
+
+    settings = {"model_name": "Qwen/Qwen2.5-VL-3B-Instruct", "max_pixels": 1_003_520}
+    assert ids(healthy(convert=convert, settings=settings)) == []
+    assert ids(healthy(convert=convert))[0] == "D03"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.doctor.drawn import SETTINGS, draw_rows, make_convert
 
+from tests.doctor.drawn import SETTINGS, draw_rows, make_convert
 from vlmdet.doctor import Subject
 from vlmdet.doctor.calls import UserCodeError
 from vlmdet.doctor.evidence import Evidence
@@ -62,7 +62,9 @@ def test_small_configurations_run(kind: str, processor: Any) -> None:
 
 def build(processor: Any, *, rate: float = 1e-3, freeze: bool = False) -> Any:
     def build_trainer() -> Any:
-        model = transformers.Qwen2VLForConditionalGeneration.from_pretrained("Qwen/Qwen2-VL-7B-Instruct", dtype="bfloat16")
+        model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+            "Qwen/Qwen2-VL-7B-Instruct", dtype="bfloat16"
+        )
         if freeze:
             model.requires_grad_(False)
         args = transformers.TrainingArguments(
@@ -78,7 +80,9 @@ def test_the_users_trainer_on_a_small_model(processor: Any) -> None:
     original = transformers.PreTrainedModel.__dict__["from_pretrained"]
     evidence = evidence_of(processor, build_trainer=build(processor))
     built = evidence.trainer()
-    assert built.loads.models == [("Qwen/Qwen2-VL-7B-Instruct", "Qwen2VLForConditionalGeneration", {"dtype": "bfloat16"})]
+    assert built.loads.models == [
+        ("Qwen/Qwen2-VL-7B-Instruct", "Qwen2VLForConditionalGeneration", {"dtype": "bfloat16"})
+    ]
     assert built.total == sum(built.trainable.values())
     assert built.arguments["bf16"] is True and built.arguments["output_dir"] == "/nowhere/at/all"
     assert transformers.PreTrainedModel.__dict__["from_pretrained"] is original
@@ -118,7 +122,9 @@ def test_one_row_by_heart(processor: Any) -> None:
 def test_awkward_batches(processor: Any) -> None:
     evidence = evidence_of(processor, collate=Collator)
     batches = evidence.batches()
-    assert {"short", "long", "two turns", "answer in the question", "short+long", "short+long, left", "row 0"} <= set(batches)
+    assert {"short", "long", "two turns", "answer in the question", "short+long", "short+long, left", "row 0"} <= set(
+        batches
+    )
     assert batches["short+long, left"].padded_left and not batches["short+long, right"].padded_left
     assert processor.tokenizer.padding_side == "right"
     for row in evidence.supervised():

@@ -8,9 +8,22 @@ from pathlib import Path
 from vlmdet.doctor import Checked, Finding, NotRun, Report
 from vlmdet.doctor.show import print_report, write_report
 
-CAUSE = Finding("L01", "The end token is not learnt", 4, "labels", "train[3]", "tokens: [bold]<|box_end|>\nsecond line",
-                "the mask ends early", "include it", "trl PR#5988", effect="repeats", pictures=("data:image/jpeg;base64,AAAA",))  # fmt: skip
-EFFECT = Finding("E07", "Answers repeat boxes", 3, "evaluation", "run", "31 % <script>", "c", "f", "r", consequence_of="L01")
+CAUSE = Finding(
+    "L01",
+    "The end token is not learnt",
+    4,
+    "labels",
+    "train[3]",
+    "tokens: [bold]<|box_end|>\nsecond line",
+    "the mask ends early",
+    "include it",
+    "trl PR#5988",
+    effect="repeats",
+    pictures=("data:image/jpeg;base64,AAAA",),
+)
+EFFECT = Finding(
+    "E07", "Answers repeat boxes", 3, "evaluation", "run", "31 % <script>", "c", "f", "r", consequence_of="L01"
+)
 REPORT = Report(
     (CAUSE, EFFECT),
     (NotRun("M01", "Nothing is trainable", "build_trainer"), NotRun("M02", "Another model", "build_trainer")),
@@ -28,7 +41,15 @@ def printed(report: Report) -> str:
 
 def test_on_a_terminal() -> None:
     text = printed(REPORT)
-    for part in ("L01", "severity 4", "[bold]<|box_end|>", "second line", "the mask ends early", "include it", "trl PR#5988"):
+    for part in (
+        "L01",
+        "severity 4",
+        "[bold]<|box_end|>",
+        "second line",
+        "the mask ends early",
+        "include it",
+        "trl PR#5988",
+    ):
         assert part in text
     assert "explains E07 Answers repeat boxes: 31 % <script>" in text
     assert "D05, D06: 44 boxes" in text

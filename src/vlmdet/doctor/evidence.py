@@ -1,7 +1,9 @@
 """What checks look at, made once and shared: from raw rows to a tiny model after three steps.
 
-When: during one examination. Each method makes its piece when it is first asked for, and keeps it; where it cannot be made it raises
-`NotAvailable` with what it needs, where user code raised `UserCodeError`, and the same again when asked again. torch is imported only
+When: during one examination. Each method makes its piece when it is first asked for, and keeps it; where it cannot be
+made it raises
+`NotAvailable` with what it needs, where user code raised `UserCodeError`, and the same again when asked again. torch is
+imported only
 by what needs it. Users' functions are called through `calls` only.
 
     annotations() truth() size_seen(i)                rows as they lie there
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from vlmdet.boxes import Boxes, BoxFormat
 from vlmdet.doctor.calls import NotAvailable, UserCodeError, build_collator, call, fill, parameters_of
@@ -37,6 +40,7 @@ from vlmdet.doctor.gather.text_boxes import Space, boxes_in, read_space
 from vlmdet.doctor.sampling import every as every
 from vlmdet.doctor.subject import Subject
 from vlmdet.errors import VlmdetError
+from vlmdet.images import orientation
 
 LIMIT = 1000
 """Rows that are looked at, at most, evenly chosen from all splits."""
@@ -55,10 +59,40 @@ END_WORDS = (
     "<end_of_utterance>",
     "<|end|>",
 )
-PICTURE_WORDS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<image>", "<img>",
-                 "</img>", "<IMG_CONTEXT>", "<|image|>", "<fake_token_around_image>", "<global-img>", "<image_soft_token>")  # fmt: skip
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "vllm", "qwen-vl-utils",
-             "flash-attn", "liger-kernel", "unsloth", "ms-swift", "llamafactory", "torchvision", "pillow")  # fmt: skip
+PICTURE_WORDS = (
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<image>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<|image|>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<image_soft_token>",
+)
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "vllm",
+    "qwen-vl-utils",
+    "flash-attn",
+    "liger-kernel",
+    "unsloth",
+    "ms-swift",
+    "llamafactory",
+    "torchvision",
+    "pillow",
+)
 
 
 def once(make: Callable[[Evidence], _T]) -> Callable[[Evidence], _T]:
@@ -239,7 +273,7 @@ class Evidence:
             return None
 
     def family(self) -> str:
-        """Return the model type in lower case with underscores, `qwen2_vl`; of the settings, model or processor; "" if unknown."""
+        """Return the model type in lower case with underscores, `qwen2_vl`; "" if unknown."""
         return family_name(self.options, self.subject.model, self.subject.processor)
 
     # ---- conversations ----------------------------------------------------------------------------------------------
@@ -309,7 +343,8 @@ class Evidence:
         numbers = [np.array([box.numbers for box in boxes_in(one.answer)], float).reshape(-1, 4) for one in used]
         sizes = [annotations[one.index].size or (1, 1) for one in used]
         seen = [self.size_seen(annotations[one.index]) for one in used]
-        return read_space(numbers, [truth[one.index] for one in used], sizes, seen)  # type: ignore[misc]
+        given = [given_size(one) for one in used]
+        return read_space(numbers, [truth[one.index] for one in used], sizes, seen, given)  # type: ignore[misc]
 
     @property
     def tokenizer(self) -> Any:
@@ -383,7 +418,8 @@ class Evidence:
     def awkward(self) -> dict[str, Any]:
         """Return converted rows that a collator must get right, made from the user's own: name -> (raw row, where, answers).
 
-        `short`, `long` (the shortest and the longest answers of rows with one picture), `several` (most boxes), `two turns`, `answer in
+        `short`, `long` (the shortest and the longest answers of rows with one picture), `several` (most boxes), `two
+        turns`, `answer in
         the question`; a name is missing where its row cannot be made.
         """
         examples = [one for one in self.examples() if one.answer]
@@ -636,6 +672,15 @@ class Evidence:
         return found
 
 
+def given_size(example: Example) -> tuple[int, int] | None:
+    """Return width and height of the picture that the converter gives, upright; None where it gives a path or several."""
+    pictures = example.pictures
+    if len(pictures) != 1 or not isinstance(pictures[0], Image.Image):
+        return None
+    width, height = pictures[0].size
+    return (height, width) if orientation(pictures[0]) >= 5 else (width, height)
+
+
 def processor_limits(processor: Any) -> tuple[int | None, int | None]:
     """Return min_pixels and max_pixels of a processor as it will use them; None where it has none."""
     images = getattr(processor, "image_processor", processor)
@@ -653,9 +698,19 @@ def processor_limits(processor: Any) -> tuple[int | None, int | None]:
     return values[0], values[1]
 
 
-FAMILY_WORDS = (("qwen3", "qwen3_vl"), ("qwen2_5", "qwen2_5_vl"), ("qwen25", "qwen2_5_vl"), ("qwen2", "qwen2_vl"), ("paligemma", "paligemma"),
-                ("florence", "florence2"), ("internvl", "internvl"), ("idefics3", "idefics3"), ("smolvlm", "smolvlm"), ("llava", "llava"),
-                ("qwen_vl", "qwen_vl"))  # fmt: skip
+FAMILY_WORDS = (
+    ("qwen3", "qwen3_vl"),
+    ("qwen2_5", "qwen2_5_vl"),
+    ("qwen25", "qwen2_5_vl"),
+    ("qwen2", "qwen2_vl"),
+    ("paligemma", "paligemma"),
+    ("florence", "florence2"),
+    ("internvl", "internvl"),
+    ("idefics3", "idefics3"),
+    ("smolvlm", "smolvlm"),
+    ("llava", "llava"),
+    ("qwen_vl", "qwen_vl"),
+)
 
 
 def family_name(options: Options, model: Any, processor: Any) -> str:

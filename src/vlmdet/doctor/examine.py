@@ -1,6 +1,7 @@
 """One pass over a subject: every check runs, or is told as not run with what it needs.
 
-When: WHEN WRONG, or before a run. Foreign code runs in a forked process with a memory limit and a time-out where that is possible;
+When: WHEN WRONG, or before a run. Foreign code runs in a forked process with a memory limit and a time-out where that is
+possible;
 what is found comes back as JSON lines, so that a crash loses no more than the check that it happened in.
 """
 
@@ -45,7 +46,8 @@ def examine(
     """Examine a subject: what is wrong, what was not run and why, what was checked.
 
     Input: `subject`, or a function that makes one (it is called where the checks run: user code named on a command line is
-    imported there); `stages` and `only` (ids) choose checks; `timeout` in seconds for all of them; `isolate=False` stays in this process.
+    imported there); `stages` and `only` (ids) choose checks; `timeout` in seconds for all of them; `isolate=False` stays
+    in this process.
     Output: a `Report`. User code that raises becomes a finding at its own line; no exception of it comes out.
 
     Raises:

@@ -142,9 +142,26 @@ def our_metric(predictions: Sequence[Any], truths: Sequence[Any]) -> dict[str, f
         ]
         (boxes, labels), (true_boxes, true_labels) = sides
         truth = {"boxes": true_boxes, "labels": true_labels, "ignore": [False] * len(true_boxes)}
-        rows.append({"id": str(i), "image": "", "width": 1, "height": 1, "truth": truth, "text": "", "boxes": boxes, "labels": labels,
-                     "scores": None, "score_source": None, "problems": [], "status": "ok" if boxes else "none",
-                     "tokens": {"prompt": 0, "image": 0, "answer": 0}, "truncated": False, "ms": 0, "error": None})  # fmt: skip
+        rows.append(
+            {
+                "id": str(i),
+                "image": "",
+                "width": 1,
+                "height": 1,
+                "truth": truth,
+                "text": "",
+                "boxes": boxes,
+                "labels": labels,
+                "scores": None,
+                "score_source": None,
+                "problems": [],
+                "status": "ok" if boxes else "none",
+                "tokens": {"prompt": 0, "image": 0, "answer": 0},
+                "truncated": False,
+                "ms": 0,
+                "error": None,
+            }
+        )
     asked = sorted({label for one in read[1] for boxes in one for label in [boxes[0] or "object"]} | {"object"})
     figures = score_rows(rows, labels_asked=asked, resamples=0)
     return {

@@ -1,6 +1,7 @@
 """Tell a report: on a terminal, and as a page with pictures.
 
-When: by `vlmdet doctor` and `vlmdet demo`, after an examination. Every text of a user's data is escaped: rich markup on the terminal
+When: by `vlmdet doctor` and `vlmdet demo`, after an examination. Every text of a user's data is escaped: rich markup on
+the terminal
 is not read, and `utils.html` escapes on the page.
 """
 

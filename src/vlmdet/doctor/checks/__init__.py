@@ -11,8 +11,8 @@ A check is a small function from `Evidence` to what it found, marked with the id
                         cause="the mask of the collator ends before the end token")
         yield looked("L01", f"{len(rows)} rows end in the end token")
 
-`needs` names fields of the `Subject`, `"rows|splits"` either: where one is absent the check is told as not run. `found` fills title,
-severity, stage, fix and reference from the catalogue; each may be overridden (`severity=2`, `certainty=.6` where it is inferred
+`needs` names fields of the `Subject`, `"rows|splits"` either: where one is absent the check is told as not run. `found` fills
+title, severity, stage, fix and reference from the catalogue; each may be overridden (`severity=2`, `certainty=.6` where it is inferred
 and not seen). `looked` says with figures what was looked at: an id of the check that has no finding goes to the clean bill.
 `skipped("L12", "TRL's configuration")` says that one id of several could not be settled, and what it needs. What the check lets
 through: `NotAvailable` -> not run; `UserCodeError` -> a finding at the user's own line (by `examine`). Anything else that
@@ -20,7 +20,8 @@ is raised is a bug of the check: told as not run, with its text.
 
 Rules: look at behaviour, never at the text of a source. One id is told once per examination: give all rows that are wrong as one
 finding with the number, the worst as evidence. A difference that may be meant has certainty below .5 or is no finding:
-false alarms of severity 3 and 4 are worse than a miss. No check changes anything, downloads, or writes outside a temporary directory.
+false alarms of severity 3 and 4 are worse than a miss. No check changes anything, downloads, or writes outside a
+temporary directory.
 A module lists its functions in the tuple `CHECKS`. Causes and consequences: `findings.CONSEQUENCES`.
 """
 

@@ -1,6 +1,7 @@
 """Checks of how boxes are read and written: order, unit, the family's space, boxes left out, pictures changed without them.
 
-When: the first of stage data. No torch. Three witnesses: which readings are valid at all; which lies on the objects (contrast across
+When: the first of stage data. No torch. Three witnesses: which readings are valid at all; which lies on the objects
+(contrast across
 the sides of boxes, in the user's own pictures); and in which order and space the numbers of his targets lie on the true boxes.
 """
 
@@ -108,7 +109,8 @@ def order_of_rows(evidence: Evidence) -> Outcome:
         for other, (ours, theirs, wins, number) in sorted(contrast.items(), key=lambda item: -item[1][1]):
             if others[other] <= max(0.02, bad) and better(ours, theirs, wins, number):
                 text = (
-                    f"{figures}, but their sides do not lie on edges of the objects: mean contrast across the sides {ours:.0f} read as "
+                    f"{figures}, but their sides do not lie on edges of the objects: mean contrast across the sides "
+                    f"{ours:.0f} read as "
                     f"{declared}, {theirs:.0f} read as {other}, more on {wins:.0%} of {number} boxes"
                 )
                 finding = _misread(evidence, shown, declared, other, text, 0.9)
@@ -168,7 +170,8 @@ def space_of_targets(evidence: Evidence) -> Outcome:
         raise NotAvailable("targets with boxes beside annotated boxes")
     family = evidence.family()
     native = NATIVE.get(family)
-    figures = f"{space.boxes} boxes of targets lie on the true ones as {space} (mean IoU {space.iou:.2f}; {space.runner_up}: {space.runner_up_iou:.2f})"
+    figures = f"{space.boxes} boxes of targets lie on the true ones as {space} (mean IoU {space.iou:.2f}"
+    figures += f"; {space.runner_up}: {space.runner_up_iou:.2f})"
     prompts = " ".join({one.prompt + (one.system or "") for one in evidence.examples()[:50]})
     example = next(one for one in evidence.examples() if boxes_in(one.answer))
     shown = f"{figures}\n{example.where}: {example.answer[:200]}"
@@ -226,6 +229,8 @@ def _wrong_space(
     same = {"bins", "per_mille"}
     if {space.unit, native[1]} <= same and abs(space.iou - space.runner_up_iou) < 0.03:
         return None
+    if space.unit == "given" and native[1] == "resized":
+        return None  # the converter resizes, and writes pixels of what it gives
     if {space.unit, native[1]} <= {"pixel", "resized"} and abs(space.iou - space.runner_up_iou) < 0.03:
         return None  # pictures that are hardly resized
     if (
@@ -234,7 +239,7 @@ def _wrong_space(
         and space.runner_up_iou > 0.9
     ):
         return None
-    identifier = "D03" if space.unit in ("pixel", "fraction", "percent") else "D04"
+    identifier = "D03" if space.unit in ("pixel", "given", "fraction", "percent") else "D04"
     asked = bool(_UNITS.search(prompts)) and space.unit in ("pixel", "fraction", "percent")
     names = {
         "per_mille": "0-1000 of the picture",
@@ -242,6 +247,7 @@ def _wrong_space(
         "fraction": "fractions 0-1",
         "percent": "per cent",
         "pixel": "pixels of the original picture",
+        "given": "pixels of the picture that the converter gives",
         "resized": "pixels of the resized picture",
     }
     return found(
@@ -384,7 +390,8 @@ def picture_and_boxes(evidence: Evidence) -> Outcome:
         yield found(
             "D09",
             where="your convert",
-            evidence=f"a red rectangle drawn at {list(spot)} (fractions) is at {np.round(where, 3).tolist()} in the converted picture, and the "
+            evidence=f"a red rectangle drawn at {list(spot)} (fractions) is at {np.round(where, 3).tolist()} "
+            "in the converted picture, and the "
             f"target says {read.tolist()} (IoU {iou:.2f}); so on {len(wrong)} of {len(wrong) + fine} drawn rows",
             cause="the converter changes the picture and not the boxes"
             if moved
@@ -410,7 +417,7 @@ def _drawn_row(evidence: Evidence, one: Annotation, place: tuple[float, ...], fi
     row[one.keys["picture"]] = _stored_like(row[one.keys["picture"]], image, file)
     box_format = evidence.declared() or evidence.likely_format()
     numbers = Boxes(np.array([place])).to_array(box_format, width, height)[0]
-    values = [int(round(v)) for v in numbers] if box_format.unit != "fraction" else [float(v) for v in numbers]
+    values = [round(float(v)) for v in numbers] if box_format.unit != "fraction" else [float(v) for v in numbers]
     row = _with_one_box(row, one, values)
     for pair in (("width", "height"), ("image_width", "image_height"), ("img_width", "img_height")):
         if all(name in row for name in pair):

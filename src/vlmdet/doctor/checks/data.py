@@ -1,6 +1,7 @@
 """Checks of the rows as they lie there: names of fields, rows without objects, sizes of objects, stale rows; and the list of all.
 
-When: first, and before every run. No torch: a data set is examined in seconds on any laptop. How boxes are read is in `box_reading`,
+When: first, and before every run. No torch: a data set is examined in seconds on any laptop. How boxes are read is in
+`box_reading`,
 pictures are in `data_pictures`, boxes and labels in `data_targets`. The module is also the example for authors of checks.
 """
 
@@ -91,7 +92,8 @@ def names_of_fields(evidence: Evidence) -> Outcome:
             lines.append(
                 (
                     option,
-                    f"settings['{option}'] is {wanted!r}; splits: {', '.join(map(repr, splits))}{_near_name(wanted, list(splits))}",
+                    f"settings['{option}'] is {wanted!r}; splits: {', '.join(map(repr, splits))}"
+                    f"{_near_name(wanted, list(splits))}",
                     1.0,
                 )
             )
@@ -115,7 +117,8 @@ def names_of_fields(evidence: Evidence) -> Outcome:
             lines.append(
                 (
                     first.where,
-                    f"{len(keys) - count} of {len(keys)} rows have no {key!r}; {first.where} has {sorted(map(str, evidence.splits()[first.split].raw(first.row)))}",
+                    f"{len(keys) - count} of {len(keys)} rows have no {key!r}; {first.where} has "
+                    f"{sorted(map(str, evidence.splits()[first.split].raw(first.row)))}",
                     0.8,
                 )
             )
@@ -236,7 +239,10 @@ def small_objects(evidence: Evidence) -> Outcome:
         yield skipped("D16", "rows with boxes")
         return
     share = float((np.array(sides) < factor).mean())
-    figures = f"{share:.0%} of {len(sides)} boxes have a side under one image token ({factor} pixels) at max_pixels {int(asked):,}; median side {np.median(sides):.0f}"
+    figures = (
+        f"{share:.0%} of {len(sides)} boxes have a side under one image token ({factor} pixels) at max_pixels "
+        f"{int(asked):,}; median side {np.median(sides):.0f}"
+    )
     if (
         share > 0.1
         and (declared := evidence.declared() or evidence.likely_format())
@@ -267,7 +273,7 @@ def stale_rows(evidence: Evidence) -> Outcome:
     compared = 0
     for one in every(fresh, 200):
         raw = evidence.raw_row(evidence.annotations()[one.index])
-        old = raw if _has_messages(raw) else by_id.get(_id_of(raw))
+        old = raw if _has_messages(raw) else by_id.get(_id_of(raw) or "")
         if old is None and len(cached) >= len(evidence.annotations()) and not by_id:
             old = cached[one.index]
         if not isinstance(old, Mapping) or not _has_messages(old):

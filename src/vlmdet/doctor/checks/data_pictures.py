@@ -31,29 +31,30 @@ def exif(evidence: Evidence) -> Outcome:
         yield looked("D06", f"{len(annotations)} pictures, none with an EXIF turn")
         return
     quarter = [one for one in turned if one.picture and one.picture.orientation >= 5]
-    boxed = {"upright": 0, "as stored": 0}
+    boxed: dict[str, int] = {"upright": 0, "as stored": 0}
     for one in quarter:
         side = _side_of_boxes(evidence, one)
         if side:
             boxed[side] += 1
-    shown = {"upright": 0, "as stored": 0}
+    shown: dict[str, int] = {"upright": 0, "as stored": 0}
     for one in every(turned, 40):
         side = _side_of_picture(evidence, one)
         if side:
             shown[side] += 1
     figures = (
         f"{len(turned)} of {len(annotations)} pictures have an EXIF turn (tag 274: "
-        f"{dict(Counter(one.picture.orientation for one in turned if one.picture))}); their boxes or stored sizes fit the upright picture in "
+        f"{dict(Counter(one.picture.orientation for one in turned if one.picture))}); their boxes or stored "
+        "sizes fit the upright picture in "
         f"{boxed['upright']} rows, the picture as stored in {boxed['as stored']}"
     )
     if evidence.subject.convert is not None:
         figures += f"; the converter gives {shown['upright']} upright and {shown['as stored']} as stored"
     stored, upright = boxed["as stored"], boxed["upright"]
-    if evidence.subject.convert is not None and sum(shown.values()):
+    if evidence.subject.convert is not None and (shown["upright"] or shown["as stored"]):
         as_stored = shown["as stored"] > shown["upright"]
-        differ = (as_stored and upright >= stored) if any(boxed.values()) else as_stored
+        differ = (as_stored and upright >= stored) if (boxed["upright"] or boxed["as stored"]) else as_stored
         differ = differ or (not as_stored and stored > upright)
-        certainty = 0.95 if any(boxed.values()) else 0.6
+        certainty = 0.95 if (boxed["upright"] or boxed["as stored"]) else 0.6
     else:
         differ, certainty = True, 0.85 if stored > upright else 0.7
     if differ:

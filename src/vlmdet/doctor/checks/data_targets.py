@@ -260,7 +260,7 @@ def _grouped(evidence: Evidence, rows: Sequence[tuple[np.ndarray, Any]], keys: M
             labels = annotations[one.index].labels
             if len(labels) != len(numbers) or len(set(labels)) == 1:
                 continue
-            names = [text for text in sorted({label or "" for label in labels}, key=lambda t: one.answer.find(t))]
+            names = sorted({label or "" for label in labels}, key=one.answer.find)
             start = 0
             for name in names:
                 count = sum((label or "") == name for label in labels)

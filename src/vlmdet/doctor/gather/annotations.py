@@ -21,8 +21,24 @@ from PIL import Image
 from vlmdet.doctor.calls import plain
 from vlmdet.images import BROKEN, orientation
 
-PICTURE_KEYS = ("image", "images", "img", "picture", "pixel", "image_path", "img_path", "path", "file_name", "filename", "file",
-                "image_file", "image_url", "photo", "jpg", "png")  # fmt: skip
+PICTURE_KEYS = (
+    "image",
+    "images",
+    "img",
+    "picture",
+    "pixel",
+    "image_path",
+    "img_path",
+    "path",
+    "file_name",
+    "filename",
+    "file",
+    "image_file",
+    "image_url",
+    "photo",
+    "jpg",
+    "png",
+)
 HOLDERS = (
     "objects",
     "annotations",
@@ -35,12 +51,57 @@ HOLDERS = (
     "target",
     "anns",
 )
-BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "bbox_2d", "bboxes_2d", "bounding_box", "bounding_boxes", "gt_boxes", "rects",
-            "true_boxes", "coordinates")  # fmt: skip
-LABEL_KEYS = ("category", "categories", "label", "labels", "class", "classes", "class_name", "class_names", "category_name",
-              "category_id", "category_ids", "name", "names", "names_", "gt_labels", "target_class")  # fmt: skip
-GROUP_KEYS = ("group", "group_id", "product", "product_id", "barcode", "code", "scene", "scene_id", "patient", "patient_id",
-              "video", "video_id", "sequence", "source_id", "ean", "sku", "burst")  # fmt: skip
+BOX_KEYS = (
+    "bbox",
+    "bboxes",
+    "boxes",
+    "box",
+    "bbox_2d",
+    "bboxes_2d",
+    "bounding_box",
+    "bounding_boxes",
+    "gt_boxes",
+    "rects",
+    "true_boxes",
+    "coordinates",
+)
+LABEL_KEYS = (
+    "category",
+    "categories",
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "class_name",
+    "class_names",
+    "category_name",
+    "category_id",
+    "category_ids",
+    "name",
+    "names",
+    "names_",
+    "gt_labels",
+    "target_class",
+)
+GROUP_KEYS = (
+    "group",
+    "group_id",
+    "product",
+    "product_id",
+    "barcode",
+    "code",
+    "scene",
+    "scene_id",
+    "patient",
+    "patient_id",
+    "video",
+    "video_id",
+    "sequence",
+    "source_id",
+    "ean",
+    "sku",
+    "burst",
+)
 
 
 @dataclass(frozen=True)
@@ -222,8 +283,14 @@ def _nested(value: Any) -> Any:
 
 def _corner_numbers(entry: Any) -> Any:
     if isinstance(entry, Mapping):
-        for names in (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"), ("x", "y", "w", "h"), ("x", "y", "width", "height"),
-                      ("left", "top", "right", "bottom"), ("left", "top", "width", "height")):  # fmt: skip
+        for names in (
+            ("x1", "y1", "x2", "y2"),
+            ("xmin", "ymin", "xmax", "ymax"),
+            ("x", "y", "w", "h"),
+            ("x", "y", "width", "height"),
+            ("left", "top", "right", "bottom"),
+            ("left", "top", "width", "height"),
+        ):
             if all(name in entry for name in names):
                 return [entry[name] for name in names]
     return entry

@@ -1,6 +1,7 @@
 """Which reading of boxes lies on the objects: contrast across the sides of each box, in the user's own pictures.
 
-When: where numbers alone cannot tell x first from y first. numpy only. A side of a true box runs along an edge of the object, so pixels
+When: where numbers alone cannot tell x first from y first. numpy only. A side of a true box runs along an edge of the
+object, so pixels
 just within differ from those just without; a box read in the wrong order cuts through anything.
 """
 

@@ -75,7 +75,8 @@ class Space:
 
     Attributes:
         order: `xyxy`, `yxyx`, `xywh` or `cxcywh`.
-        unit: `per_mille`, `bins` (0 to 1023), `fraction`, `pixel` (of the original picture), `resized` (of the picture as the
+        unit: `per_mille`, `bins` (0 to 1023), `fraction`, `pixel` (of the original picture), `given` (of the picture that the converter
+            gives, where that is another), `resized` (of the picture as the
             model sees it) or `other`.
         iou: mean IoU of target and truth when read so, 0 to 1.
         runner_up: the next best reading, `yxyx/per_mille`, and its mean IoU.
@@ -127,13 +128,14 @@ def read_space(
     truth: Sequence[np.ndarray],
     sizes: Sequence[tuple[int, int]],
     resized: Sequence[tuple[int, int] | None] = (),
+    given: Sequence[tuple[int, int] | None] = (),
 ) -> Space | None:
     """Find the reading of the numbers of targets under which they lie on the truth.
 
     Input: for each row the numbers of its target (m, 4), the true boxes (n, 4) as fractions, width and height of the upright
-    picture, and, where known, of the picture as the model sees it.
-    Output: the best reading, by the best IoU of each box of a target with any true one (so a target that leaves boxes out is still
-    read); None where there is no box to compare.
+    picture, and, where known, of the picture as the model sees it and of the one that the converter gives.
+    Output: the best reading, by the best IoU of each box of a target with any true one (so a target that leaves boxes
+    out is still read); None where there is no box to compare.
     """
     rows = [i for i in range(len(numbers)) if len(numbers[i]) and len(truth[i])]
     if not rows:
@@ -147,6 +149,8 @@ def read_space(
     }
     if resized and all(resized[i] is not None for i in rows):
         units["resized"] = [np.tile(np.array(resized[i], float), 2) for i in rows]
+    if given and all(given[i] is not None for i in rows) and any(given[i] != sizes[i] for i in rows):
+        units["given"] = [np.tile(np.array(given[i], float), 2) for i in rows]
     scores: dict[tuple[str, str], float] = {}
     counted = 0
     for unit, scales in units.items():

@@ -1,6 +1,7 @@
 """A small random model of the user's architecture: real classes and names, his vocabulary, hardly any weights.
 
-When: for checks of a built model; nothing is downloaded. `small_config` cuts any configuration down: it keeps ids, patch sizes and the
+When: for checks of a built model; nothing is downloaded. `small_config` cuts any configuration down: it keeps ids, patch
+sizes and the
 shape of the parts, and makes width and depth small.
 """
 

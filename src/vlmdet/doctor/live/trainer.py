@@ -1,6 +1,7 @@
 """The user's trainer on a small model, and what three steps of it do.
 
-When: for checks of stages model and optimisation. `build` runs the user's `build_trainer` under `patched`; `take_steps` goes three
+When: for checks of stages model and optimisation. `build` runs the user's `build_trainer` under `patched`; `take_steps`
+goes three
 steps by the trainer's own loss, optimiser and data, without its scheduler, callbacks and saving.
 """
 
