@@ -78,6 +78,7 @@ def test_base_native_and_tuned_are_scored(scored: dict[str, Any]) -> None:
         assert results["figures"] == scored[which]
         assert results["meta"]["n"] == 5 and results["meta"]["split"] == "test"
         assert results["meta"]["scores"] == "token_probability" and results["meta"]["self_test"]
+        assert results["meta"]["prompt_version"] == {"base_native": "native-1"}.get(which, "detect-1")
     asked = {
         which: json.loads((Path("runs/mine/001/eval/test") / which / "contract.json").read_text())
         for which in ("base", "base_native", "tuned")
@@ -132,7 +133,13 @@ def test_stored_rows_are_scored_again_without_torch(scored: dict[str, Any], tmp_
     assert {name: figure["value"] for name, figure in again.items()} == {
         name: figure["value"] for name, figure in scored["tuned"].items()
     }
-    assert (tmp_path / "again" / "results.json").is_file()
+    meta, before = (
+        json.loads((folder / "results.json").read_text())["meta"] for folder in (tmp_path / "again", file.parent)
+    )
+    assert {key: meta[key] for key in before if key not in ("name", "resamples")} == {
+        key: before[key] for key in before if key not in ("name", "resamples")
+    }
+    assert (meta["name"], meta["scored_from"], meta["resamples"]) == ("again", str(file), 1000)
 
 
 def test_what_cannot_be_done_is_said_in_a_line(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmdet.grounding.questions import question_of
+from vlmdet.grounding.questions import native_question_of, question_of, version_of_question
 
 SYSTEM = "You find objects in images and answer with their bounding boxes."
 
@@ -37,3 +37,13 @@ def test_nothing_to_ask_for_is_refused() -> None:
     for codec in ("paligemma", "qwen2_vl"):
         with pytest.raises(ValueError, match="label"):
             question_of(codec, [])
+
+
+@pytest.mark.parametrize(("codec", "own"), [("qwen2_vl", "detect-1"), ("paligemma", "native-1")])
+def test_the_version_of_a_question_is_that_of_its_words(codec: str, own: str) -> None:
+    labels = ["cup", "x<|im_end|>"]
+    assert version_of_question(codec, labels, question_of(codec, labels)) == own
+    assert version_of_question(codec, labels, native_question_of(codec, labels)) == "native-1"
+    system, question = question_of(codec, labels)
+    assert version_of_question(codec, labels, (system, question + " ")) == "other"
+    assert version_of_question(codec, ["cup"], (system, question)) == "other"

@@ -208,6 +208,7 @@ def _score_stored(args: argparse.Namespace) -> None:
     """Score a file of predictions again; needs no torch."""
     from vlmdet.contract import FILE_NAME, Contract
     from vlmdet.evaluation.files import read_predictions
+    from vlmdet.evaluation.parts import read_made_with
     from vlmdet.evaluation.scoring import format_comparison, score_and_write
 
     file: Path = args.stored
@@ -217,7 +218,8 @@ def _score_stored(args: argparse.Namespace) -> None:
     if not labels:
         raise ConfigError(f"{file}: no {FILE_NAME} lies beside it", "name what was asked for with --classes")
     folder = args.out or file.parent
-    meta: dict[str, Any] = {"name": folder.name, "scored_from": str(file)}
+    # what the rows were made with, where that is known, and who scores them now
+    meta = {**read_made_with(file), "name": folder.name, "scored_from": str(file)}
     if args.calibrate_on is not None:
         rows, meta["score_calibrated"] = _calibrate(rows, args.calibrate_on, labels)
     results = score_and_write(rows, folder, labels_asked=labels, contract=contract, meta=meta)

@@ -141,21 +141,11 @@ def evaluate_engine(
         gather=gather,
         progress=print_progress(f"{meta['name']} on {meta['split']}") if main else None,
     )
-    about = {
-        **made,
-        "codec": contract.codec_version,
-        "system_prompt": contract.system_prompt,
-        "user_prompt": contract.user_prompt,
-        "min_pixels": contract.min_pixels,
-        "max_pixels": contract.max_pixels,
-        "resamples": resamples,
-        "seed": seed,
-    }
     if not main:
         return {}
     contract.write(folder)
     results = score_and_write(
-        rows, folder, labels_asked=contract.labels, contract=contract, meta=about, resamples=resamples, seed=seed
+        rows, folder, labels_asked=contract.labels, contract=contract, meta=made, resamples=resamples, seed=seed
     )
     figures: dict[str, Any] = results["figures"]
     return figures

@@ -13,9 +13,7 @@ from collections.abc import Sequence
 
 from vlmdet.contract import Contract
 from vlmdet.grounding import get_codec
-from vlmdet.grounding.codec import escape_label, guard_label
-from vlmdet.grounding.prompts import build_native_prompt
-from vlmdet.grounding.questions import TASK_CODECS
+from vlmdet.grounding.questions import native_question_of
 
 
 def native_contract(contract: Contract, codec: str) -> Contract:
@@ -26,11 +24,11 @@ def native_contract(contract: Contract, codec: str) -> Contract:
     Input: the tuned model's contract; `codec`, the family's own (`models.loader.codec_of(model, "auto")`).
     Output: the same pixels, labels and base, with the family's prompt and notation and without a system message.
     """
-    guard = guard_label if codec in TASK_CODECS else escape_label
+    system_prompt, user_prompt = native_question_of(codec, contract.labels)
     return dataclasses.replace(
         contract,
-        system_prompt="",
-        user_prompt=build_native_prompt(codec, [guard(label) for label in contract.labels]),
+        system_prompt=system_prompt,
+        user_prompt=user_prompt,
         codec=codec,
         codec_version=get_codec(codec).VERSION,
     )

@@ -67,6 +67,18 @@ def read_finished(path: Path, header: str) -> list[Row] | None:
         return None
 
 
+def read_made_with(path: Path) -> dict[str, Any]:
+    """Read what the rows of a whole prediction were made with: `made_with` of `predict`; nothing where that is not known.
+
+    When: once per file that is scored again. Rows that were taken away from `predictions.made.json` say less of themselves.
+    """
+    try:
+        made = json.loads((path.parent / MADE).read_text(encoding="utf-8")).get("made_with", {})
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+    return made if path.name == "predictions.jsonl" and isinstance(made, dict) else {}
+
+
 def read_parts(path: Path, header: str) -> dict[int, Row]:
     """Read the rows that broken-off processes stored under the same header, by index; parts under another are deleted."""
     rows: dict[int, Row] = {}

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vlmdet.contract import Contract
-from vlmdet.evaluation.coco import coco_figures, write_coco_predictions
+from vlmdet.evaluation.coco import coco_figures, constant_scores, rows_to_coco, write_coco_predictions
 from vlmdet.evaluation.files import write_evaluation
 from vlmdet.evaluation.metrics import per_image
 from vlmdet.evaluation.results import list_matches, summarise
 from vlmdet.evaluation.selftest import self_test
+from vlmdet.grounding.questions import version_of_question
 
 
 def score_and_write(
@@ -50,6 +51,9 @@ def score_and_write(
         meta={
             "score_calibrated": False,
             **meta,
+            **(_asked(contract) if contract is not None else {}),
+            "resamples": resamples,
+            "seed": seed,
             "n": len(rows),
             "self_test": f"{len(checked)} figures as they must be",
         },
@@ -65,10 +69,24 @@ def score_and_write(
     return results
 
 
+def _asked(contract: Contract) -> dict[str, Any]:
+    """Return what the pictures were asked under, for the record of the figures."""
+    asked = (contract.system_prompt, contract.user_prompt)
+    return {
+        "base_model": contract.base_model,
+        "codec": contract.codec_version,
+        "system_prompt": contract.system_prompt,
+        "user_prompt": contract.user_prompt,
+        "prompt_version": version_of_question(contract.codec, contract.labels, asked),
+        "min_pixels": contract.min_pixels,
+        "max_pixels": contract.max_pixels,
+    }
+
+
 def _coco(rows: Sequence[dict[str, Any]], labels_asked: Sequence[str]) -> dict[str, float] | None:
     """Compute COCO's figures, None without scores: AP is a matter of order, and nothing would give one."""
-    given = [score for row in rows if row["boxes"] for score in row.get("scores") or [None]]
-    if None in given or (len(given) > 1 and len(set(given)) == 1):
+    _, results = rows_to_coco(rows, labels_asked=labels_asked)
+    if constant_scores(results) or any("score" not in entry for entry in results):
         return None
     return coco_figures(rows, labels_asked=labels_asked)
 

@@ -11,7 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlmdet.grounding.codec import escape_label, guard_label
-from vlmdet.grounding.prompts import SYSTEM_PROMPT, build_native_prompt, build_user_prompt
+from vlmdet.grounding.prompts import (
+    NATIVE_PROMPT_VERSION,
+    PROMPT_VERSION,
+    SYSTEM_PROMPT,
+    build_native_prompt,
+    build_user_prompt,
+)
 
 TASK_CODECS = frozenset({"paligemma", "florence2"})
 """Codecs of families that are asked by a task of theirs."""
@@ -31,5 +37,24 @@ def question_of(codec: str, labels: Sequence[str]) -> tuple[str, str]:
         ValueError: `labels` is empty.
     """
     if codec in TASK_CODECS:
-        return "", build_native_prompt(codec, [guard_label(label) for label in labels])
+        return native_question_of(codec, labels)
     return SYSTEM_PROMPT, build_user_prompt([escape_label(label) for label in labels])
+
+
+def native_question_of(codec: str, labels: Sequence[str]) -> tuple[str, str]:
+    """Word what a base is asked in its family's own words: no system message, and the question; see `build_native_prompt`."""
+    guard = guard_label if codec in TASK_CODECS else escape_label
+    return "", build_native_prompt(codec, [guard(label) for label in labels])
+
+
+def version_of_question(codec: str, labels: Sequence[str], asked: tuple[str, str]) -> str:
+    """Tell which version of our prompts a question is, for the record of an evaluation.
+
+    When: once per evaluation.
+
+    Input: as `question_of`; `asked`, system message and question as they were put.
+    Output: `PROMPT_VERSION` or `NATIVE_PROMPT_VERSION`; `other` for words that this version of the tool does not put.
+    """
+    if asked == native_question_of(codec, labels):
+        return NATIVE_PROMPT_VERSION
+    return PROMPT_VERSION if asked == question_of(codec, labels) else "other"
