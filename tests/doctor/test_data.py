@@ -329,7 +329,7 @@ def test_a_split_that_is_not_there() -> None:
 
 
 def test_objects_under_one_image_token_and_pictures_that_are_refused() -> None:
-    report = healthy(settings={**SETTINGS, "max_pixels": 50_176})
+    report = healthy(settings={**SETTINGS, "max_pixels": 12_544})
     assert "D16" in ids(report)
     rows = draw_rows()
     rows[0]["image"], rows[0]["width"], rows[0]["height"] = Image.new("RGB", (4300, 20)), 4300, 20

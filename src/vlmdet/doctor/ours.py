@@ -15,6 +15,8 @@ from typing import Any
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.data.dataset import build_messages, build_row
 from vlmdet.doctor.calls import as_boxes
+from vlmdet.doctor.examine import examine
+from vlmdet.doctor.findings import Report
 from vlmdet.doctor.sampling import every
 from vlmdet.doctor.subject import Subject
 from vlmdet.errors import ConfigError, did_you_mean
@@ -174,13 +176,36 @@ def subject_of(
 ) -> Subject:
     """Return our own pipeline on a data set as a subject; `more` are fields of the user's that take the place of ours."""
     fields: dict[str, Any] = {
-        "splits": raw_rows(dataset),
+        "splits": more.pop("splits", None) or raw_rows(dataset),
         "box_format": str(FRACTIONS),
         "processor": processor,
         "settings": flat_settings(settings, model_type=model_type),
         **our_parts(processor, list(dataset.labels), settings, model_type=model_type),
     }
     return Subject(**{**fields, **more})
+
+
+CHEAP = ("data", "conversation", "template", "labels", "vision")
+"""Stages that are checked before a run: they take seconds, on some hundred rows."""
+
+
+def examine_before(
+    dataset: DetectionDataset,
+    settings: Settings,
+    processor: Any,
+    *,
+    model_type: str,
+    rows: int = 200,
+    timeout: float = 20,
+) -> Report:
+    """Examine our own pipeline on a data set with the cheap checks.
+
+    When: by `vlmdet train` and `vlmdet demo`, after the data and the processor are there and before anything is trained.
+
+    Input: `rows` of each split that are looked at, evenly chosen; `timeout` in seconds for all checks.
+    """
+    subject = subject_of(dataset, settings, processor, model_type=model_type, splits=raw_rows(dataset, limit=rows))
+    return examine(subject, stages=CHEAP, timeout=timeout)
 
 
 def flat_settings(settings: Settings, *, model_type: str = "") -> dict[str, Any]:

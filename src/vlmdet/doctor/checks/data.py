@@ -244,7 +244,7 @@ def small_objects(evidence: Evidence) -> Outcome:
         f"{int(asked):,}; median side {np.median(sides):.0f}"
     )
     if (
-        share > 0.1
+        share > 0.2
         and (declared := evidence.declared() or evidence.likely_format())
         and invalid_share(annotations, declared) < 0.2
     ):
