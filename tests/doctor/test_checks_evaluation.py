@@ -210,3 +210,24 @@ def test_a_frozen_run(tmp_path: Path) -> None:
         {"step": i, "loss": 1.2} for i in range(9)
     ]
     assert names(look(run_dir=write_run(tmp_path, frozen)))[:2] == ["O10", "M01"]
+
+
+def test_manifests_that_differ(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for name, pixels in (("base", 50176), ("tuned", 1003520)):
+        write_run(tmp_path / name, LEARNS, predictions=lambda box: [box + rng.normal(0, 60, 4)])
+        manifest = {"max_pixels": pixels, "prompt": "Find.", "model": name, "mean_iou": 0.2}
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+    said = look(run_dir=tmp_path)
+    assert names(said)[0] == "E08"
+    assert said["finding"][0]["evidence"] == "max_pixels: base/predictions 50176, tuned/predictions 1003520"
+
+
+def test_few_pictures_tell_nothing_apart(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    run = write_run(
+        tmp_path, LEARNS, a=lambda box: [box + rng.normal(0, 40, 4)], b=lambda box: [box + rng.normal(0, 45, 4)]
+    )
+    said = look(run_dir=run)
+    assert names(said) == ["E11"]
+    assert "30 pictures, mean best IoU" in said["finding"][0]["evidence"]

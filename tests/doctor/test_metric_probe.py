@@ -83,7 +83,8 @@ def with_labels(predictions: list[list[dict[str, Any]]], truths: list[list[dict[
 )
 def test_right_metrics_are_left_alone(metric: Any) -> None:
     faults, told = probe_metric(metric)
-    assert faults == []
+    assert [one for one in faults if not one.meant] == []
+    assert bool(faults) == (metric in (mean_best, recall_alone))  # neither falls with false boxes
     assert told.startswith("perfect ")
 
 
@@ -140,12 +141,12 @@ def class_blind(predictions: list[list[dict[str, Any]]], truths: list[list[dict[
 
 
 def corner_form(predictions: list[Boxes], truths: list[Boxes]) -> float:
-    """Reads corners as x, y, width, height: equal boxes still score 1."""
+    """Reads corners as x, y, width, height: equal boxes still score 1, and nothing says that it is an IoU."""
     as_corners = [
         [[[b[0], b[1], b[0] + b[2], b[1] + b[3]] for b in picture] for picture in side]
         for side in (predictions, truths)
     ]
-    return {"mean_iou": mean_best(*as_corners)}  # type: ignore[return-value]
+    return mean_best(*as_corners)
 
 
 @pytest.mark.parametrize(

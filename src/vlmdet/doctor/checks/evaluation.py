@@ -41,7 +41,10 @@ def metric_of_known_worth(evidence: Evidence) -> Outcome:
     metric = evidence.need("metric")
     faults, told = probe_metric(metric, _own_pictures(evidence))
     for fault in faults:
-        yield found(fault.id, where=place_of(metric), evidence=f"{fault.evidence}\n{told}", cause=_METRIC[fault.id])
+        more = {"severity": 2, "certainty": 0.6} if fault.meant else {}
+        yield found(
+            fault.id, where=place_of(metric), evidence=f"{fault.evidence}\n{told}", cause=_METRIC[fault.id], **more
+        )
     for identifier in set(_METRIC) - {fault.id for fault in faults}:
         yield looked(identifier, told)
 
@@ -84,31 +87,31 @@ def targets_read_back(evidence: Evidence) -> Outcome:
     parse = evidence.need("parse")
     targets = _targets(evidence)
     raw = read_back(parse, targets)
-    where = place_of(parse)
-    decoded = _decoded(evidence, targets)
-    told = _told(raw)
+    where, told = place_of(parse), _told(raw)
     if _lost(raw):
         yield from _not_read(raw, where, told)
         return
-    if decoded is not None:
-        name, texts = decoded
+    lost = False
+    for identifier, name, texts in _decoded(evidence, targets):
         again = read_back(parse, [_with(target, text) for target, text in zip(targets, texts, strict=True)])
         if _lost(again):
+            lost = True
             target, got = again.worst
-            identifier = "E03" if evidence.subject.decode is not None else "E05"
             yield found(
                 identifier, where=where, cause=f"{name} deletes what the parser looks for",
                 evidence=f"target   {_find(targets, target).text}\ndecoded  {target.text}\nparsed   {got}\n{_told(again)}",
             )  # fmt: skip
             if identifier == "E03":
                 yield found(
-                    "E05", where=where, cause="a server skips special tokens unless told otherwise, and the parser needs them",
-                    evidence=f"without special tokens: {target.text}", certainty=0.7, consequence_of="E03",
+                    "E05", where=where, evidence=f"without special tokens: {target.text}", certainty=0.7, consequence_of="E03",
+                    cause="a server skips special tokens unless told otherwise, and the parser needs them",
                 )  # fmt: skip
-            return
-        yield looked("E05", _told(again))
-    else:
-        yield skipped("E05", "decode, or a processor whose special tokens can be left out")
+        else:
+            yield looked(identifier, _told(again))
+    if lost:
+        return
+    if evidence.subject.processor is None:
+        yield skipped("E05", "a processor, and decode or the server's skip_special_tokens")
     yield from _space_of(raw, where, told)
     for identifier in ("E03", "E04"):
         yield looked(identifier, told)
@@ -133,6 +136,9 @@ def _not_read(read: ReadBack, where: str, told: str) -> Outcome:
     first = (
         bool(some) and all(have == 1 for have, _ in some) and all(have == 1 for have, want in read.per_row if want == 1)
     )
+    if misread := _misread(read):
+        yield found("E17", where=where, evidence=evidence, cause=misread, severity=3)
+        return
     if first:
         yield found("E04", where=where, evidence=evidence, cause="the parser stops after the first box")
     elif read.found == 0:
@@ -160,6 +166,49 @@ def _not_read(read: ReadBack, where: str, told: str) -> Outcome:
         )
     else:
         yield found("E03", where=where, evidence=evidence, cause="the parser reads numbers, and not those of the boxes")
+
+
+def _misread(read: ReadBack) -> str:
+    """Tell which wrong reading of the targets' numbers explains what came back; "" where none does."""
+    if read.found < read.wanted * 0.98 or read.failure:
+        return ""
+    readings = {
+        "corners are read as x, y, width and height": lambda n: np.concatenate([n[:, :2], n[:, :2] + n[:, 2:]], axis=1),
+        "corners are read as a centre and sides": lambda n: np.concatenate(
+            [n[:, :2] - n[:, 2:] / 2, n[:, :2] + n[:, 2:] / 2], axis=1
+        ),
+        "far corners are turned into sides": lambda n: np.concatenate([n[:, :2], n[:, 2:] - n[:, :2]], axis=1),
+    }
+    for cause, reading in readings.items():
+        if all(_alike(parsed, reading(target.boxes)) for target, parsed in zip(read.targets, read.parsed, strict=True)):
+            return cause
+    swapped = [
+        [_alike(box[None], true[None]) for box, true in zip(parsed, target.boxes[:, [1, 0, 3, 2]], strict=True)]
+        for target, parsed in zip(read.targets, read.parsed, strict=True)
+        if len(parsed) == len(target.boxes)
+    ]
+    kept = [
+        [_alike(box[None], true[None]) for box, true in zip(parsed, target.boxes, strict=True)]
+        for target, parsed in zip(read.targets, read.parsed, strict=True)
+        if len(parsed) == len(target.boxes)
+    ]
+    both = [one or other for a, b in zip(swapped, kept, strict=True) for one, other in zip(a, b, strict=True)]
+    turned = sum(one and not other for a, b in zip(swapped, kept, strict=True) for one, other in zip(a, b, strict=True))
+    if both and np.mean(both) > 0.9 and turned:
+        return f"x and y of {turned} of {len(both)} boxes are swapped: the order is guessed from the numbers"
+    return ""
+
+
+def _alike(parsed: np.ndarray, wanted: np.ndarray) -> bool:
+    """Tell whether boxes are others times one factor for x and one for y, whatever those are."""
+    if parsed.shape != wanted.shape or not len(parsed):
+        return False
+    for axis in (0, 1):
+        one, other = parsed[:, [axis, axis + 2]].ravel(), wanted[:, [axis, axis + 2]].ravel()
+        factor = float(one @ other / max(other @ other, 1e-12))
+        if factor <= 0 or np.abs(one - factor * other).max() > 0.03 * factor * max(np.abs(other).max(), 1e-9):
+            return False
+    return True
 
 
 def _space_of(read: ReadBack, where: str, told: str) -> Outcome:
@@ -228,23 +277,23 @@ def _find(targets: list[Target], target: Target) -> Target:
     return next(one for one in targets if one.row == target.row)
 
 
-def _decoded(evidence: Evidence, targets: list[Target]) -> tuple[str, list[str]] | None:
-    """Return targets as the evaluation decodes their ids, and by what; None where nothing decodes."""
+def _decoded(evidence: Evidence, targets: list[Target]) -> list[tuple[str, str, list[str]]]:
+    """Return targets as the evaluation and as a server decode their ids: id of the check, by what, texts."""
     if evidence.subject.processor is None:
-        return None
+        return []
     tokenizer = evidence.tokenizer
     ids = [tokenizer(target.text, add_special_tokens=False)["input_ids"] for target in targets]
-    decode = evidence.subject.decode
+    ways = []
+    decode, options = evidence.subject.decode, evidence.options
     if decode is not None:
         ends = sorted(evidence.end_ids())[:1]
-        return place_of(decode), [_decode(decode, [*one, *ends]) for one in ids]
-    skip = evidence.options.get("skip_special_tokens", phase="serve")
-    skip = evidence.options.get("skip_special_tokens") if skip is None else skip
-    if not skip:
-        return None
-    return evidence.options.shown("skip_special_tokens"), [
-        tokenizer.decode(one, skip_special_tokens=True) for one in ids
-    ]
+        ways.append(("E03", place_of(decode), [_decode(decode, [*one, *ends]) for one in ids]))
+    for phase in ("serve", None):
+        if options.get("skip_special_tokens", phase=phase) and (phase or decode is None):
+            shown = options.shown("skip_special_tokens", phase=phase)
+            ways.append(("E05", shown, [tokenizer.decode(one, skip_special_tokens=True) for one in ids]))
+            break
+    return ways
 
 
 def _decode(decode: Any, ids: list[int]) -> str:
@@ -305,7 +354,7 @@ def greedy(evidence: Evidence) -> Outcome:
         if sample:
             yield found(
                 "E13", where="model.generation_config", cause="generate takes what the checkpoint's generation_config says",
-                evidence=f"do_sample={sample}, temperature={config.temperature}; the settings do not say otherwise",
+                evidence=f"do_sample={sample}, temperature={getattr(config, 'temperature', 1)}; the settings do not say otherwise",
             )  # fmt: skip
             return
     if sample is True or (sample is None and heat not in (None, 0, 0.0)):

@@ -199,13 +199,19 @@ def duplicate_share(answers: Sequence[Answered], above: float = 0.95) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """Prediction against truth along one axis: prediction = slope x truth + offset, and how well the other axis fits."""
+    """Prediction against truth along one axis: prediction = slope x truth + offset, and how well the other axis fits.
+
+    `shift` is the mean of prediction - truth; `sure` and `sure_shift` are four standard errors of slope and shift.
+    """
 
     axis: str
     slope: float
     offset: float
     r2: float
     other_r2: float
+    sure: float
+    shift: float
+    sure_shift: float
 
 
 def fit_axes(answers: Sequence[Answered]) -> tuple[Fit, Fit] | None:
@@ -223,8 +229,17 @@ def fit_axes(answers: Sequence[Answered]) -> tuple[Fit, Fit] | None:
     fits = []
     for axis, own, other in (("x", [0, 2], [1, 3]), ("y", [1, 3], [0, 2])):
         slope, offset, r2 = _line(truth[:, own].ravel(), predicted[:, own].ravel())
-        fits.append(Fit(axis, slope, offset, r2, _line(truth[:, other].ravel(), predicted[:, own].ravel())[2]))
+        errors = predicted[:, own].mean(axis=1) - truth[:, own].mean(axis=1)
+        sure = 4 * abs(slope) * math.sqrt((1 - r2) / max(r2, 1e-9) / (len(pairs) - 2))
+        other_r2 = _line(truth[:, other].ravel(), predicted[:, own].ravel())[2]
+        sure_shift = 4 * float(errors.std()) / math.sqrt(len(pairs))
+        fits.append(Fit(axis, slope, offset, r2, other_r2, sure, float(errors.mean()), sure_shift))
     return fits[0], fits[1]
+
+
+def _extent(answers: Sequence[Answered]) -> float:
+    """Return how far the true boxes reach: about 1 for fractions, the picture's side for pixels of an unknown size."""
+    return max((float(one.truth.max()) for one in answers if len(one.truth)), default=1.0)
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
@@ -255,10 +270,12 @@ def look_at_answers(answers: Sequence[Answered], *, limit: int | None = None) ->
                     f"predicted x follows true y (r2 {x.other_r2:.2f}) and y follows x ({y.other_r2:.2f}); {told}",
                 )
             )
-        elif min(x.r2, y.r2) > 0.8 and (abs(x.slope - 1) > 0.08 or abs(y.slope - 1) > 0.08):
+        elif min(x.r2, y.r2) > 0.8 and any(abs(one.slope - 1) > max(0.08, one.sure) for one in fits):
             clues.append(Clue("D03", f"predictions are the truth, scaled: {told}"))
             clues.append(Clue("E14", f"predictions are the truth, scaled: {told}", 0.9))
-        elif min(x.r2, y.r2) > 0.8 and max(abs(x.offset), abs(y.offset)) > 0.05:
+        elif min(x.r2, y.r2) > 0.8 and any(
+            abs(one.shift) > max(0.05 * _extent(answers), one.sure_shift) for one in fits
+        ):
             clues.append(Clue("E14", f"predictions are the truth, shifted: {told}", 0.9))
     boxes = [one.boxes for one in answers if len(one.boxes)]
     if len(boxes) >= 8:

@@ -45,12 +45,15 @@ class ReadBack:
         per_row: (found, wanted) of each target.
         failure: what the parser raised first, with its place; "" where it never did.
         worst: the target of which the most boxes are missing, and what the parser gave for it.
+        targets, parsed: what was written, and the boxes (n, 4) that came back, as they came.
     """
 
     space: Space | None
     per_row: tuple[tuple[int, int], ...]
     failure: str
     worst: tuple[Target, str]
+    targets: tuple[Target, ...]
+    parsed: tuple[np.ndarray, ...]
 
     @property
     def found(self) -> int:
@@ -92,4 +95,4 @@ def read_back(parse: Callable[..., Any], targets: Sequence[Target]) -> ReadBack:
         [target.resized for target in targets],
     )
     per_row = tuple((len(boxes), len(target.boxes)) for boxes, target in zip(parsed, targets, strict=True))
-    return ReadBack(space, per_row, failure, worst)
+    return ReadBack(space, per_row, failure, worst, tuple(targets), tuple(parsed))

@@ -6,8 +6,10 @@ run shows the consequence of a mistake that was made anywhere. `forensics.py` do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from vlmdet.doctor.checks.forensics import (
     same_answers,
 )
 from vlmdet.doctor.gather.answers import Answered, answers_of, role_of
+from vlmdet.doctor.gather.files import read_artefact
 
 if TYPE_CHECKING:
     from vlmdet.doctor.evidence import Evidence
@@ -159,9 +162,47 @@ def base_against_tuned(evidence: Evidence) -> Outcome:
             yield looked("E16", f"{one} and {other}: {same:.0%} of {n} answers are the same")
         else:
             yield skipped("E16", f"eight pictures that {one} and {other} have in common; there are {n}")
+    yield from _manifests(run.path, [name for pair in pairs for name in pair])
     if base is not None and others:
         yield from _no_information(sets, base, others[0], str(run.path))
-        yield from _interval(sets[base], sets[others[0]], f"{run.path}: {base} and {others[0]}")
+    one, other = pairs[0]
+    yield from _interval(sets[one], sets[other], f"{run.path}: {one} and {other}")
+
+
+_OF_THE_MODEL = ("model", "adapter", "checkpoint", "weights", "name", "path", "fingerprint", "date", "time", "seconds", "figures",
+                 "score", "iou", "f1", "precision", "recall", "map", "ap50", "run", "hash", "loss", "acc")  # fmt: skip
+
+
+def _manifests(path: Path, names: Sequence[str]) -> Outcome:
+    """Compare what lies beside each set of answers of how they were made: every field but those of weights and results."""
+    held = {name: _manifest((path / name).parent) for name in dict.fromkeys(names)}
+    known = {name: fields for name, fields in held.items() if fields}
+    if len(known) < 2:
+        return
+    (one, first), (other, second) = list(known.items())[:2]
+    shared = [key for key in first if key in second and not any(word in key.lower() for word in _OF_THE_MODEL)]
+    differ = [f"{key}: {one} {first[key]!r}, {other} {second[key]!r}" for key in shared if first[key] != second[key]]
+    if differ:
+        yield found(
+            "E08", where=f"{path}: {one} and {other}", evidence="\n".join(differ[:8]),
+            cause="the two were evaluated under different conditions, so their difference is not that of the models",
+        )  # fmt: skip
+    elif shared:
+        yield looked("E08", f"{one} and {other}: equal in {', '.join(shared[:8])}")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the plain fields of the small JSON files of a folder, `meta` and `config` within them opened."""
+    fields: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.json"))[:10]:
+        content = read_artefact(file.stem, file).configs.get(file.name)
+        for part in (
+            content,
+            *(content.get(key) for key in ("meta", "config", "settings", "args") if isinstance(content, dict)),
+        ):
+            if isinstance(part, dict):
+                fields |= {key: one for key, one in part.items() if isinstance(one, (str, int, float, bool))}
+    return fields
 
 
 def _no_information(sets: dict[str, list[Answered]], base: str, tuned: str, path: str) -> Outcome:
