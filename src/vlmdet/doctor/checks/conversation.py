@@ -470,9 +470,9 @@ def constant_targets(evidence: Evidence) -> Outcome:
     if len(first) >= 8:
         from vlmdet.doctor.gather.text_boxes import paired_iou
 
-        boxes = np.stack(first)
-        middle = np.median(boxes, axis=0)
-        iou = float(paired_iou(boxes, np.broadcast_to(middle, boxes.shape)).mean())
+        stacked = np.stack(first)
+        middle: np.ndarray = np.median(stacked, axis=0)
+        iou = float(paired_iou(stacked, np.broadcast_to(middle, stacked.shape)).mean())
         if iou > 0.9:
             yield found(
                 "C08", where=place, evidence=f"{len(first)} first boxes; the constant box {middle.round(2).tolist()} has a mean IoU of {iou:.2f} with them",

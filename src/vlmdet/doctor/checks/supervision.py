@@ -340,6 +340,11 @@ def _masks(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding
             cause="labels were made from another tokenisation than the ids (pictures not expanded, prompt and answer apart)",
         )  # fmt: skip
         return
+    several = [one for one in rows if len(one.answers) > 1]
+    partly = [one for one in several if any(one.difference.turns) and not all(one.difference.turns)]
+    if partly and len(partly) > 0.5 * len(several):
+        yield _one_turn(partly[0], f"{_many(partly, several)} of several turns", place)
+        return
     told = list(_within_answers(evidence, rows, place))
     yield from told
     if not any(one.id in ("L08", "L09", "T04") for one in told):
@@ -501,7 +506,7 @@ def _beyond_answers(evidence: Evidence, rows: list[Seen], place: str, *, only_an
                 "L03", where=place, evidence=f"{_many(pictures, rows)} with loss on picture tokens ({len(pictures[0].difference.pictures)} here)\n{pictures[0].told()}",
                 cause="picture tokens carry loss together with the prompt", certainty=1.0 if whole else 0.7,
             )  # fmt: skip
-        else:
+        elif whole:
             same = mask.constant_share([one.row for one in rows])
             if same > 0.4:
                 yield found(
@@ -548,12 +553,9 @@ def _only_padded(wrong: list[Seen], place: str) -> Iterator[Finding]:
 
 
 def _turns(rows: list[Seen], second: Seen | None, place: str) -> Iterator[Finding]:
-    """Explain rows of several turns: the user's own, else one that was made."""
-    several = [one for one in rows if len(one.row.answers) > 1]
-    partly = [one for one in several if not all(one.difference.turns) and not one.difference.lost]
-    if partly:
-        yield _one_turn(partly[0], f"{_many(partly, several)} of several turns", place)
-    elif second is not None and not several and not second.difference.lost and len(second.row.answers) > 1:
+    """Explain a row of two turns that was made; the user's own were looked at before."""
+    several = any(len(one.answers) > 1 for one in rows)
+    if second is not None and not several and not second.difference.lost and len(second.answers) > 1:
         turns = second.difference.turns
         if not all(turns) and any(turns):
             only_last = turns[-1]
