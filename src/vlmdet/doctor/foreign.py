@@ -5,6 +5,8 @@ When: wherever user code raised instead of answering.
 
 from __future__ import annotations
 
+import re
+
 from vlmdet.doctor.calls import UserCodeError
 from vlmdet.doctor.catalogue import ENTRIES
 from vlmdet.doctor.checks import found
@@ -58,15 +60,17 @@ _BUILDING: tuple[tuple[tuple[str, ...], str], ...] = (
     (("columns",), "O07"),
 )
 
-_PARTS = ("visual", "language_model", "vision_tower", "vision_model", "merger", "layers", "multi_modal_projector")
-"""Attributes of a model that freeze policies reach for, and that other releases and families call otherwise."""
+_PART = re.compile(
+    r"(model|generation|causallm)' object has no attribute '\w*(vis|vit|language|text_model|merger|layers|project|tower)"
+)
+"""Parts of a model that freeze policies reach for, and that other releases and families call otherwise."""
 
 
 def identifier_of(error: UserCodeError) -> str:
     """Return the id that fits an exception of user code best."""
     low = " ".join(str(error.error).split()).lower()  # the whole: what matters may stand at the end of a long text
     if error.what in ("build_trainer", "trainer"):
-        if isinstance(error.error, AttributeError) and any(f"'{name}'" in low for name in _PARTS):
+        if isinstance(error.error, AttributeError) and _PART.search(low):
             return "M06"
         for words, identifier in _BUILDING:
             if any(word in low for word in words):

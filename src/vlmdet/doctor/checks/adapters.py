@@ -294,6 +294,20 @@ def freeze_policy(evidence: Evidence) -> Outcome:
                     cause=f"the code that lets the area {area} train finds no parameter of it by the name that it looks for",
                 )  # fmt: skip
                 return
+        if not carries_adapter(model) and all(one.requires_grad for one in model.parameters()):
+            from vlmdet.doctor.live.renamed import frozen_under_other_names
+
+            meant = frozen_under_other_names(evidence)
+            if meant is not None:
+                areas = sorted({area_of(plain_name(name)) for name in meant[1]})
+                yield found(
+                    "M06",
+                    where="build_trainer",
+                    evidence=f"after the trainer is built everything trains: {told(trained)}\nwith names {meant[0]} the same code freezes "
+                    f"{len(meant[1])} of {len(names)} parameters, in {', '.join(areas)}; today they are called {', '.join(meant[1][:2])}",
+                    cause="the code that freezes looks for names that this model's parameters no longer have, and finds none",
+                )
+                return
         shown = "; ".join(one for one in (shown, told(trained)) if one)
     if shown or wished:
         yield looked("M06", shown.replace("\n", "; ") or "; ".join(option for _, _, option in wished))

@@ -65,7 +65,7 @@ def learning_rate(evidence: Evidence) -> Outcome:
     if rate is None:
         raise NotAvailable("learning_rate")
     steps = plan(evidence)
-    adapter = uses_adapter(evidence)
+    adapter = None if built is not None and not built.trainable else uses_adapter(evidence)
     method = {True: "LoRA", False: "whole weights", None: "method unknown"}[adapter]
     shown = f"learning_rate={rate:g}, {method}, {f'{steps} steps planned' if steps else 'steps unknown'}"
     optimizer = str(getattr(argument(evidence, "optim", "adamw"), "value", argument(evidence, "optim", "adamw")))
