@@ -75,8 +75,8 @@ class Space:
 
     Attributes:
         order: `xyxy`, `yxyx`, `xywh` or `cxcywh`.
-        unit: `per_mille`, `bins` (0 to 1023), `fraction`, `pixel` (of the original picture), `given` (of the picture that the converter
-            gives, where that is another), `resized` (of the picture as the
+        unit: `per_mille`, `bins` (0 to 1023), `fraction`, `pixel` (of the original picture), `given` (of the picture that
+            the converter gives, where that is another), `resized` (of the picture as the
             model sees it) or `other`.
         iou: mean IoU of target and truth when read so, 0 to 1.
         runner_up: the next best reading, `yxyx/per_mille`, and its mean IoU.
