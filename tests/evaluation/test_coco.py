@@ -150,7 +150,9 @@ def test_published_figures_of_cocoapi(shared: Path) -> None:
         results = read_results(folder / name, truth)
         figures = document_figures(truth.document, results.results)
         assert figures == pytest.approx({k: published["published"][k] for k in FIGURES}, abs=TOLERANCE)
-        assert (truth.notes, results.notes) == ((), ())
+        assert truth.notes == ()
+        # counted by hand: pictures 715, 923, 987 and 1270 have two boxes of one class and score
+        assert [note for note in results.notes if not note.startswith("4 boxes have the score of another")] == []
 
 
 @pytest.mark.parametrize("name", ["dataset", "ignore_test"])

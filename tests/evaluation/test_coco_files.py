@@ -83,6 +83,9 @@ SAME: dict[str, Any] = {
     "from 0": changed(category_id=lambda v: {"category_id": {2: 0, 5: 1}[v]}),
     "wrong id beside a name": changed(category_id=lambda v: {"category_id": 99, "category_name": CATEGORIES[v]}),
     "confidence": changed(score=lambda v: {"confidence": v}),
+    "text": changed(
+        score=lambda v: {"score": str(v)}, bbox=lambda b: {"bbox": [f"{b[0]}.0", str(b[1]), f" {b[2]} ", f"{b[3]}e0"]}
+    ),
     "extra": changed(score=lambda v: {"score": v, "area": -3, "id": None, "iscrowd": 0, "segmentation": []}),
     "annotations": {"annotations": GOOD},
     "predictions": {"predictions": GOOD, "model": "x"},
@@ -91,6 +94,13 @@ SAME: dict[str, Any] = {
     "own table": {
         "categories": [{"id": 0, "name": "cup"}, {"id": 1, "name": "dog"}],
         "annotations": changed(category_id=lambda v: {"category_id": {2: 0, 5: 1}[v]}),
+    },
+    "own tables whose ids mean others in the truth": {
+        "images": [{"id": 7, "file_name": "b.jpg"}, {"id": 11, "file_name": "a.jpg"}],
+        "categories": [{"id": 5, "name": "cup"}, {"id": 2, "name": "dog"}],
+        "annotations": changed(
+            image_id=lambda v: {"image_id": {11: 7, 7: 11}[v]}, category_id=lambda v: {"category_id": {2: 5, 5: 2}[v]}
+        ),
     },
     "a picture an entry": [
         {"image_id": 11, "detections": [{k: GOOD[0][k] for k in ("category_id", "bbox", "score")}]},
@@ -120,6 +130,40 @@ def test_what_was_assumed_is_told(read: Any) -> None:
     assert any("--category-ids from-0" in note for note in read(SAME["from 0"])[1].notes)
     assert any("--image-ids stem" in note for note in read(SAME["stem"])[1].notes)
     assert any("'predictions'" in note for note in read(SAME["predictions"])[1].notes)
+    assert any("3 results have numbers written as text" in note for note in read(SAME["text"])[1].notes)
+    tables = read(SAME["own tables whose ids mean others in the truth"])[1].notes
+    assert sum("a table of its own, with other ids" in note for note in tables) == 2
+
+
+def test_equal_scores_of_a_picture_and_class_are_told(read: Any) -> None:
+    other = {**GOOD[0], "bbox": [20, 10, 90, 50]}
+    assert any(note.startswith("1 boxes have the score of another") for note in read([*GOOD, other])[1].notes)
+    assert not any("the score of another" in note for note in read([*GOOD, {**other, "score": 0.8}])[1].notes)
+
+
+@pytest.mark.parametrize("start", [2**53, 1_201_905_010_001_234_000, -3])
+def test_ids_that_a_float_cannot_hold(read: Any, start: int) -> None:
+    # neighbours above 2**53 are one number as floats
+    ids = {7: start, 11: start + 1, 12: start + 2}
+    truth = {
+        **TRUTH,
+        "images": [{**entry, "id": ids[entry["id"]]} for entry in TRUTH["images"]],
+        "annotations": [{**entry, "image_id": ids[entry["image_id"]]} for entry in TRUTH["annotations"]],
+    }
+    found, results = read(changed(image_id=lambda v: {"image_id": ids[v]}), truth)
+    plain, expected = read(GOOD)
+    assert document_figures(found.document, results.results) == document_figures(plain.document, expected.results)
+    assert [row["id"] for row in results.rows] == [str(start + 1), str(start), str(start + 2)]
+
+
+def test_an_annotation_with_the_id_0_counts_like_any_other(read: Any) -> None:
+    # pycocotools marks a found box by the id of its annotation, and reads 0 as not found
+    from_0 = [{**entry, "id": i} for i, entry in enumerate(TRUTH["annotations"])]
+    found, results = read(GOOD, {**TRUTH, "annotations": from_0})
+    plain, expected = read(GOOD)
+    assert document_figures(found.document, results.results) == document_figures(plain.document, expected.results)
+    assert any("has the id 0" in note for note in found.notes)
+    assert not any("has the id 0" in note for note in plain.notes)
 
 
 def test_ultralytics_writes_the_number_of_the_file(read: Any) -> None:
@@ -149,6 +193,9 @@ def test_two_readings_are_refused_until_one_is_chosen(read: Any) -> None:
         ([*GOOD, {**GOOD[0], "bbox": [1, 2, 3]}], "1 without four finite numbers"),
         ([*GOOD, {**GOOD[0], "bbox": [1, 2, 3, float("nan")]}], "1 without four finite numbers"),
         ([*GOOD, {k: GOOD[0][k] for k in ("image_id", "category_id", "score")}], "1 without four finite numbers"),
+        ([*GOOD, {**GOOD[0], "bbox": [1, 2, "3", "nan"]}], "1 without four finite numbers"),
+        ([*GOOD, {**GOOD[0], "bbox": [60, 60, -9, 5]}], "1 with a negative side"),
+        ([*GOOD, {**GOOD[0], "score": "high"}], "1 with a score that is no number"),
         ([*GOOD, {**GOOD[0], "score": float("nan")}], "1 with a score that is no number"),
         ([*GOOD, {k: GOOD[0][k] for k in ("image_id", "category_id", "bbox")}], "1 with a score that is no number"),
     ],

@@ -50,6 +50,13 @@ def test_an_interval_that_covers_0_is_not_separable(make_row):
     assert (result["separable"], result["wins"], result["losses"]) == (False, 10, 10)
 
 
+def test_one_image_separates_nothing(make_row):
+    result = paired_difference(
+        run(make_row, [])[:1], run(make_row, [0])[:1], metric="recall_50", labels_asked=["cup"], resamples=50
+    )
+    assert (result["value"], result["n"], result["separable"]) == (1, 1, False)
+
+
 def test_an_interval_that_ends_at_0_covers_it(make_row):
     # b finds one more of 20: in a third of the resamples that image is not drawn, so the low end is 0
     result = compare(run(make_row, range(10)), run(make_row, range(11)))

@@ -7,7 +7,9 @@ A document of truth has `images`, `categories` and `annotations`; results are a 
 
     {"image_id": 3, "category_id": 1, "bbox": [x, y, width, height], "score": 0.9}         in pixels of the picture
 
-AP orders boxes by score, so it says nothing where all scores are equal: the order of the file would decide it.
+AP orders boxes by score, so it says nothing where all scores are equal: the order of the file would decide it. Where some
+are equal, COCO takes pictures by rising id, and boxes of one picture and class as the file (or the row) has them; so do we,
+since a file must score to the figures that pycocotools gives it. In files of results such boxes are counted and told.
 """
 
 from __future__ import annotations

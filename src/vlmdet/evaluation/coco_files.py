@@ -14,6 +14,7 @@ It is over 400 lines, since truth and results share how a box, a number and a re
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ WRAPPERS = ("annotations", "predictions", "results", "detections", "instances")
 NAMES_OF_IMAGE = ("file_name", "filename", "image_name", "image", "path", "image_path")
 NAMES_OF_CATEGORY = ("category_name", "category", "class_name", "label", "class", "name")
 IDS_OF_CATEGORY = ("category_id", "class_id", "label_id", "cls")
+BOXES = ("bbox", "box")
 SCORES = ("score", "confidence", "conf", "probability")
 
 DROP = "--drop-unusable"
@@ -114,9 +116,10 @@ def read_truth(path: str | Path, *, drop_unusable: bool = False) -> Truth:
             broken.append((f"without a usable {reason}", entry))
             continue
         no_box += from_segments
-        no_area += not _is_number(entry.get("area"))
+        no_area += _number(entry.get("area")) is None
         kept.append((image, category, box, entry))
     _refuse(path, "annotations", broken, len(annotations), drop_unusable, notes)
+    _tell_text(annotations, "annotations", notes)
     if no_box:
         notes.append(f"{no_box} annotations have no bbox: taken from their segmentation")
     if no_area:
@@ -127,11 +130,17 @@ def read_truth(path: str | Path, *, drop_unusable: bool = False) -> Truth:
             f"{only_ignored} boxes have ignore=1 and iscrowd=0: COCO's figures count them, ours leave them out"
         )
     if len({str(entry.get("id")) for *_, entry in kept}) < len(kept):
-        notes.append("ids of annotations are missing or repeated: each annotation counts as a box of its own")
-    numbers = ids if all(isinstance(key, int) for key in ids) else [i + 1 for i in _ranks(ids)]
-    category_numbers = (
-        category_ids if all(isinstance(key, int) for key in category_ids) else list(range(1, len(names) + 1))
-    )
+        notes.append(
+            "ids of annotations are missing or repeated: each annotation counts as a box of its own, where pycocotools takes "
+            "the last one for all of its id"
+        )
+    if any(plain_id(entry.get("id")) == 0 for *_, entry in kept):
+        notes.append(
+            "an annotation has the id 0: here it counts like any other; pycocotools takes one with this id for never found, "
+            "so figures that it gave are lower"
+        )
+    numbers = ids if _holds(ids) else [i + 1 for i in _ranks(ids)]
+    category_numbers = category_ids if _holds(category_ids) else list(range(1, len(names) + 1))
     sizes = _sizes(images, kept, notes)
     true: list[dict[str, Any]] = [{"boxes": [], "labels": [], "ignore": []} for _ in images]
     written: list[dict[str, Any]] = []
@@ -139,13 +148,14 @@ def read_truth(path: str | Path, *, drop_unusable: bool = False) -> Truth:
         true[image]["boxes"].append(_fractions(box, sizes[image]))
         true[image]["labels"].append(names[category])
         true[image]["ignore"].append(bool(entry.get("iscrowd")) or bool(entry.get("ignore")))
+        area = _number(entry.get("area"))
         written.append(
             {
                 "id": len(written) + 1,
                 "image_id": numbers[image],
                 "category_id": category_numbers[category],
                 "bbox": box,
-                "area": entry["area"] if _is_number(entry.get("area")) else box[2] * box[3],
+                "area": box[2] * box[3] if area is None else area,
                 "iscrowd": int(bool(entry.get("iscrowd"))),
             }
         )
@@ -192,22 +202,25 @@ def read_results(
     entries = _list_results(path, content, notes)
     form = BoxFormat.parse(box_format) if box_format else None
     own = content if isinstance(content, Mapping) else {}
-    image_values, image_names = _named(entries, ("image_id",), NAMES_OF_IMAGE, own.get("images"), "file_name")
-    values, names = _named(entries, IDS_OF_CATEGORY, NAMES_OF_CATEGORY, own.get("categories"), "name")
+    image_values, image_names, own_images = _named(
+        entries, ("image_id",), NAMES_OF_IMAGE, own.get("images"), "file_name"
+    )
+    values, names, own_categories = _named(entries, IDS_OF_CATEGORY, NAMES_OF_CATEGORY, own.get("categories"), "name")
     images, categories = truth.document["images"], truth.document["categories"]
     image = resolve(
         "image", image_values, image_names,
         image_ways([plain_id(key) for key in truth.row_ids], [entry["file_name"] for entry in images]),
-        chosen=image_ids, flag="--image-ids",
+        chosen=image_ids, flag="--image-ids", own_table=own_images,
     )  # fmt: skip
     category = resolve(
         "category", values, names,
         category_ways([entry["written_id"] for entry in categories], [entry["name"] for entry in categories]),
-        chosen=category_ids, flag="--category-ids",
+        chosen=category_ids, flag="--category-ids", own_table=own_categories,
     )  # fmt: skip
     notes += [*image.notes, *category.notes]
     boxes = [_find_box(entry)[0] for entry in entries]
-    scores, has_scores = _find_scores(path, entries)
+    scores, has_scores = _find_scores(entries)
+    _tell_text(entries, "results", notes)
     broken: list[tuple[str, Any]] = []
     kept: list[int] = []
     for i, entry in enumerate(entries):
@@ -228,10 +241,12 @@ def read_results(
     given = np.asarray([boxes[i] for i in kept], dtype=np.float64).reshape(-1, 4)
     of = np.asarray([sizes[image.places[i] or 0] for i in kept], dtype=np.float64).reshape(-1, 2)
     given = _as_xywh(path, given, of, form)
-    if len(given) and given[:, 2:].min() < 0:
-        raise DataError(
-            f"{path}: {(given[:, 2:] < 0).any(axis=1).sum()} boxes have a negative side", "see --box-format"
-        )
+    turned = np.min(given[:, 2:], axis=1, initial=0) < 0
+    reason = "with a negative side (--box-format says another order)"
+    broken = [(reason, entries[kept[i]]) for i in np.flatnonzero(turned)]
+    _refuse(path, "results", broken, len(entries), drop_unusable, notes)
+    kept = [kept[i] for i in np.flatnonzero(~turned)]
+    given, of = given[~turned], of[~turned]
     outside = (given[:, :2] < -1).any(axis=1) | (given[:, :2] + given[:, 2:] > of + 1).any(axis=1)
     if outside.any():
         notes.append(f"{outside.sum()} boxes reach out of their picture: scored as they are")
@@ -249,9 +264,16 @@ def read_results(
         row["scores"].append(scores[i])
     for row in rows:
         row |= {"score_source": "file"} if has_scores else {"scores": None, "score_source": None}
-    twice = len(results) - len({json.dumps(entry) for entry in results})
-    if twice:
-        notes.append(f"{twice} results repeat another one exactly: scored as they are")
+    ranks = [(entry["image_id"], entry["category_id"], entry.get("score")) for entry in results]
+    different = len({(rank, *entry["bbox"]) for rank, entry in zip(ranks, results, strict=True)})
+    if different < len(results):
+        notes.append(f"{len(results) - different} results repeat another one exactly: scored as they are")
+    tied = different - len(set(ranks))
+    if tied and len({score for *_, score in ranks}) > 1:  # constant scores are refused, or shuffled
+        notes.append(
+            f"{tied} boxes have the score of another one of their picture and class: COCO's figures take those in the order "
+            "of the file"
+        )
     return Results(path, results, rows, tuple(notes))
 
 
@@ -358,8 +380,11 @@ def _list_results(path: Path, content: Any, notes: list[str]) -> list[Mapping[st
 
 def _named(
     entries: Sequence[Mapping[str, Any]], ids: Sequence[str], names: Sequence[str], table: Any, table_key: str
-) -> tuple[list[Any], list[Any]]:
-    """Return id and name of each result's picture or class; the file's own table gives names where results have none."""
+) -> tuple[list[Any], list[Any], bool]:
+    """Return id and name of each result's picture or class, and whether the file's own table gave every name.
+
+    The table gives names where results have none.
+    """
     by_id = {}
     if isinstance(table, list):
         by_id = {
@@ -367,7 +392,7 @@ def _named(
             for entry in table
             if isinstance(entry, Mapping) and isinstance(entry.get(table_key), str)
         }
-    values, called = [], []
+    values, called, of_table = [], [], bool(by_id)
     for entry in entries:
         value = next((entry[key] for key in ids if entry.get(key) is not None), None)
         name = next((entry[key] for key in names if entry.get(key) is not None), None)
@@ -375,24 +400,26 @@ def _named(
             value, name = (name if value is None else value), None
         if name is None and by_id:
             name = by_id.get(plain_id(value))
+        else:
+            of_table = False
         values.append(value)
         called.append(name)
-    return values, called
+    return values, called, of_table
 
 
 def _find_box(entry: Mapping[str, Any]) -> tuple[list[float] | None, bool]:
     """Return the four numbers of a box, or those around its segmentation, and whether it is the latter."""
-    box = next((entry[key] for key in ("bbox", "box") if entry.get(key)), None)
-    if isinstance(box, list | tuple):
-        good = len(box) == 4 and all(_is_number(number) for number in box)
-        return ([float(number) for number in box] if good else None), False
+    box = next((entry[key] for key in BOXES if entry.get(key)), None)
+    if isinstance(box, list):
+        numbers = [number for value in box if (number := _number(value)) is not None]
+        return (numbers if len(box) == len(numbers) == 4 else None), False
     segments = entry.get("segmentation")
     if isinstance(segments, list) and segments:
         parts = segments if isinstance(segments[0], list) else [segments]
-        numbers = [part for part in parts if isinstance(part, list) and len(part) >= 4 and all(map(_is_number, part))]
-        if len(numbers) == len(parts):
-            x = [number for part in numbers for number in part[0::2]]
-            y = [number for part in numbers for number in part[1::2]]
+        rings = [part for part in parts if isinstance(part, list) and len(part) >= 4 and all(map(_is_number, part))]
+        if len(rings) == len(parts):
+            x = [number for part in rings for number in part[0::2]]
+            y = [number for part in rings for number in part[1::2]]
             return [min(x), min(y), max(x) - min(x), max(y) - min(y)], True
     if isinstance(segments, Mapping) and isinstance(segments.get("counts"), str):
         from faster_coco_eval import mask
@@ -401,11 +428,21 @@ def _find_box(entry: Mapping[str, Any]) -> tuple[list[float] | None, bool]:
     return None, False
 
 
-def _find_scores(path: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[list[float | None], bool]:
+def _find_scores(entries: Sequence[Mapping[str, Any]]) -> tuple[list[float | None], bool]:
     """Return a score for each result, and whether there are any."""
     raw = [next((entry[key] for key in SCORES if entry.get(key) is not None), None) for entry in entries]
-    scores = [float(value) if _is_number(value) else None for value in raw]
-    return scores, any(value is not None for value in raw)
+    return [_number(value) for value in raw], any(value is not None for value in raw)
+
+
+def _tell_text(entries: Sequence[Mapping[str, Any]], what: str, notes: list[str]) -> None:
+    """Tell how many entries have numbers written as text, as a tool does that turns what it cannot write into text."""
+    texts = 0
+    for entry in entries:
+        values = [entry.get(key) for key in (*BOXES, *SCORES, "area")]
+        flat = itertools.chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
+        texts += any(isinstance(value, str) and _number(value) is not None for value in flat)
+    if texts:
+        notes.append(f"{texts} {what} have numbers written as text: read as numbers")
 
 
 def _as_xywh(path: Path, boxes: np.ndarray, sizes: np.ndarray, form: BoxFormat | None) -> np.ndarray:
@@ -502,8 +539,14 @@ def _refuse(path: Path, what: str, broken: Sequence[tuple[str, Any]], of: int, d
     notes.append(f"{text}; left out ({DROP})")
 
 
+def _holds(ids: Sequence[Any]) -> bool:
+    """Tell whether faster-coco-eval holds these ids exactly: it keeps whole numbers as floats."""
+    return all(isinstance(key, int) and abs(key) < 2**53 for key in ids)
+
+
 def _ranks(keys: Sequence[Any]) -> list[int]:
-    order = sorted(range(len(keys)), key=lambda i: str(keys[i]))
+    """Return the place of each id in rising order, whole numbers first: COCO takes equal scores by rising picture."""
+    order = sorted(range(len(keys)), key=lambda i: (isinstance(keys[i], str), keys[i]))
     ranks = [0] * len(keys)
     for rank, i in enumerate(order):
         ranks[i] = rank
@@ -512,3 +555,13 @@ def _ranks(keys: Sequence[Any]) -> list[int]:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number, also one written as text ("0.93"); None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value[:40]) if "_" not in value else None
+        except ValueError:
+            return None
+    return float(value) if _is_number(value) else None

@@ -41,7 +41,8 @@ def plain_id(value: Any) -> Any:
         return int(value) if value.is_integer() else None
     if isinstance(value, str):
         text = value.strip()
-        return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else text
+        digits = text.removeprefix("-")
+        return int(text) if digits.isascii() and digits.isdigit() and len(digits) <= 40 else text
     return None
 
 
@@ -69,14 +70,22 @@ def category_ways(ids: Sequence[Any], names: Sequence[str]) -> dict[str, Way]:
 
 
 def resolve(
-    what: str, values: Sequence[Any], names: Sequence[Any], ways: Mapping[str, Way], *, chosen: str | None, flag: str
+    what: str,
+    values: Sequence[Any],
+    names: Sequence[Any],
+    ways: Mapping[str, Way],
+    *,
+    chosen: str | None,
+    flag: str,
+    own_table: bool = False,
 ) -> Resolved:
     """Find the picture or class that each result means.
 
     When: once per result file, for its pictures and once for its classes.
 
     Input: `what`, "image" or "category", for messages; n ids and n names as written, None where there is none; `ways` of
-    `image_ways` or `category_ways`; `chosen`, the way that the user named with `flag`.
+    `image_ways` or `category_ways`; `chosen`, the way that the user named with `flag`; `own_table`, the names stand in a table
+    of the file, whose ids its results have: where ids and names mean different things, the names are meant.
     Output: `Resolved`. Where no way suits every result, that which suits most; the others have no place.
 
     Raises:
@@ -93,6 +102,8 @@ def resolve(
     counted = {"from-0", "from-1"}
     # an id that is in the truth file is that id by the format, whatever place it would be; a name beside it must agree
     clash = [other for other in others if way in counted or (other == "name" and written_id)]
+    if own_table and "name" in clash:
+        way, clash = "name", []
     if clash and chosen is None:
         at = next(i for i, (a, b) in enumerate(zip(found[way], found[clash[0]], strict=True)) if a != b)
         raise DataError(
@@ -101,7 +112,9 @@ def resolve(
             f"say which with {flag} {way} or {flag} {clash[0]}",
         )
     notes = []
-    if way != "id":
+    if way != "id" and way != fits[0]:
+        notes.append(f"{what}: read by name, since the file has a table of its own, with other ids ({flag} {way})")
+    elif way != "id":
         notes.append(f"{what}: read by {_WORDS[way]}, since that finds every result ({flag} {way})")
     elif "number" in others:
         notes.append(
@@ -122,10 +135,17 @@ _WORDS = {
 
 def _look_up(way: str, values: Sequence[Any], names: Sequence[Any], table: Way) -> list[int | None]:
     """Find the place of each result in one way; a name counts for the ways of names, else what stands in the id."""
+    known: dict[Any, int | None] = {}
     places = []
     for value, name in zip(values, names, strict=True):
-        forms = _forms(way, value, name)
-        places.append(next((table[form] for form in forms if form in table), None))
+        key = (type(value), value, name) if isinstance(value, str | int | float | None) else None
+        if key is None or key not in known:
+            place = next((table[form] for form in _forms(way, value, name) if form in table), None)
+            if key is not None:
+                known[key] = place
+            places.append(place)
+        else:
+            places.append(known[key])
     return places
 
 

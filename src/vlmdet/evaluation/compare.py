@@ -25,9 +25,9 @@ LOWER_IS_BETTER = frozenset(
 class Difference(TypedDict):
     """A paired difference, b - a.
 
-    `n` is the number of images that both runs have; `separable` is False where the interval covers 0 or there is
-    none; `wins` and `losses` count the images on which b's figure is better or worse than a's, None for a figure that
-    has no better.
+    `n` is the number of images that both runs have; `separable` is False where the interval covers 0, where there is
+    none, and for a single image, whose resamples are all alike; `wins` and `losses` count the images on which b's figure
+    is better or worse than a's, None for a figure that has no better.
     """
 
     value: float | None
@@ -111,7 +111,7 @@ def _differences(a: Counts, b: Counts, metrics: Sequence[str], resamples: int, s
             "low": low,
             "high": high,
             "n": n,
-            "separable": low is not None and high is not None and not low <= 0 <= high,
+            "separable": n > 1 and low is not None and high is not None and not low <= 0 <= high,
             "wins": int((better > 0).sum()) if has_better else None,
             "losses": int((better < 0).sum()) if has_better else None,
         }
