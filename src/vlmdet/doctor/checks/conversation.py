@@ -301,6 +301,12 @@ def _nested(evidence: Evidence, examples: Sequence[Example], place: str) -> Find
     ]
     if not hits:
         return None
+    if evidence.subject.collate is not None and evidence.subject.processor is not None:
+        try:
+            if not any(name in ("short+long", "short", "long") for name in evidence.batched()[1]):
+                return None
+        except (NotAvailable, UserCodeError):
+            pass
     value = next(
         hits[0].raw[key]
         for key in ("images", "image", "img", "picture", "pictures")

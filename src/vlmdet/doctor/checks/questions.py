@@ -259,7 +259,7 @@ _ORDERS = (
     ("xyxy", re.compile(r"x_?(?:min|1)\s*,\s*y_?(?:min|1)\s*\)?\s*,\s*\(?\s*x_?(?:max|2)|\bxyxy\b|left\s*,\s*top\s*,\s*right\s*,\s*bottom", re.IGNORECASE)),
 )  # fmt: skip
 _UNITS = (
-    ("fraction", re.compile(r"\b(?:between|from|range|in|to)\s*:?\s*[\[(]?\s*0(?:\.0)?\s*(?:and|to|-|–|,)\s*1(?:\.0)?\b(?![\d.,])|\b0\s*-\s*1\b(?!\d)", re.IGNORECASE)),
+    ("fraction", re.compile(r"\b(?:between|from|range|in|to)\s*:?\s*[\[(]?\s*0(?:\.0)?\s*(?:and|to|-|–|,)\s*1(?:\.0)?\b(?!\d|[.,]\d)|\b0\s*-\s*1\b(?!\d)", re.IGNORECASE)),
     ("per_mille", re.compile(r"\b0\s*(?:and|to|-|–|,)\s*(?:1[,.]?000|999)\b|\b1000\s*[x×]\s*1000\b|per[- ]mille", re.IGNORECASE)),
     ("pixel", re.compile(r"\bpixels?\b|absolute coordinates", re.IGNORECASE)),
 )  # fmt: skip
