@@ -254,9 +254,11 @@ def freeze_policy(evidence: Evidence) -> Outcome:
             f" begin with it, {len(loose)} hold it" if prefix and not strict else ""))  # fmt: skip
         if live and freezes and not loose and not _trained(evidence).get(area_of(pattern), (1, 1))[0]:
             continue  # a name of the area in the user's own words, and the area is frozen
-        if not loose or ("prefix" in option and not strict):
-            dead.append((option, pattern, 1.0))
-        elif live and freezes and not carries_adapter(model) and all(named[name].requires_grad for name in loose):
+        if (
+            not loose
+            or ("prefix" in option and not strict)
+            or (live and freezes and not carries_adapter(model) and all(named[name].requires_grad for name in loose))
+        ):
             dead.append((option, pattern, 1.0))
         elif prefix and not strict and not live:
             dead.append((option, pattern, 0.5))

@@ -24,7 +24,6 @@ from vlmdet.doctor.checks import (
 )
 from vlmdet.doctor.checks.built import (
     adapter_configs,
-    argument,
     carries_adapter,
     kind_of_module,
     model_of,
@@ -335,9 +334,10 @@ def new_tokens(evidence: Evidence) -> Outcome:
             raise NotAvailable("a model or trainer, with a processor")
         yield from _told_new(evidence, asked, "settings", 0.7)
         return
-    rows = int(getattr(_embedding(model), "weight", ()).shape[0]) if _embedding(model) is not None else None
-    if rows is None:
+    embedding = _embedding(model)
+    if embedding is None:
         raise NotAvailable("a model with input embeddings")
+    rows = int(embedding.weight.shape[0])
     size = (
         max(len(tokenizer), *(1 + one for one in tokenizer.get_vocab().values()))
         if hasattr(tokenizer, "get_vocab")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError
-from vlmdet.doctor.checks import Check, Outcome, check, found, looked, skipped
+from vlmdet.doctor.checks import Check, Outcome, check, found, looked
 from vlmdet.doctor.checks.built import modules_of
 from vlmdet.doctor.checks.targets import layer_of
 
@@ -155,7 +155,7 @@ def adapter_on_its_base(evidence: Evidence) -> Outcome:
             return
         if recorded and (used or base is not None):
             told.append(
-                f"{name}: trained on {recorded}, put on {', '.join(text for text, _ in used) or base and base.path}"
+                f"{name}: trained on {recorded}, put on {', '.join(text for text, _ in used) or (base and base.path)}"
             )
     if not told:
         raise NotAvailable("an adapter_config.json, and the base that it is put on (artefact 'base', or model_name)")

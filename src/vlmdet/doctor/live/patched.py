@@ -88,6 +88,16 @@ def patched(evidence: Evidence) -> Iterator[Loads]:
         config = config_for(name, evidence)
         return class_of(config).from_pretrained(name, *args, **keywords)
 
+    def load_config(original: Any) -> Any:
+        def load(cls: Any, name: Any = None, *args: Any, **keywords: Any) -> Any:
+            if isinstance(name, (str, Path)) and Path(name).exists():
+                return original(cls, name, *args, **keywords)
+            config = small_config(config_for(name, evidence), processor)
+            config.architectures = [class_of(config).__name__]
+            return config
+
+        return load
+
     def load_processor(original: Any) -> Any:
         def load(cls: Any, name: Any = None, *args: Any, **keywords: Any) -> Any:
             if processor is None or (isinstance(name, (str, Path)) and Path(name).is_dir()):
@@ -103,6 +113,11 @@ def patched(evidence: Evidence) -> Iterator[Loads]:
     with tempfile.TemporaryDirectory(prefix="vlmdet-doctor-") as folder:
         put(PreTrainedModel, "from_pretrained", classmethod(load_model))
         put(_BaseAutoModelClass, "from_pretrained", classmethod(load_auto))
+        for kind in _AUTO:
+            if hasattr(transformers, kind):
+                put(getattr(transformers, kind), "from_pretrained", classmethod(load_auto))  # each has its own
+        for holder in (transformers.AutoConfig, transformers.PretrainedConfig):
+            put(holder, "from_pretrained", classmethod(load_config(holder.from_pretrained.__func__)))
         for holder in (transformers.AutoProcessor, transformers.AutoTokenizer, transformers.AutoImageProcessor,
                        transformers.ProcessorMixin, transformers.PreTrainedTokenizerBase):  # fmt: skip
             put(holder, "from_pretrained", classmethod(load_processor(holder.from_pretrained.__func__)))
@@ -135,6 +150,8 @@ def patched(evidence: Evidence) -> Iterator[Loads]:
 
 
 _ABSENT = object()
+_AUTO = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM",
+         "AutoModelForMultimodalLM", "AutoModelForPreTraining")  # fmt: skip
 
 
 def _watch_adapters(loads: Loads, put: Callable[[Any, str, Any], None]) -> None:

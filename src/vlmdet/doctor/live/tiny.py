@@ -142,6 +142,9 @@ def small_config(config: PretrainedConfig, processor: Any) -> PretrainedConfig:
         text.rope_parameters.setdefault("rope_theta", 10_000.0)
     if vision is not None:
         _small_vision(vision, str(getattr(small, "model_type", "")))
+        patch = getattr(getattr(processor, "image_processor", None), "patch_size", None)
+        if isinstance(patch, int) and isinstance(getattr(vision, "patch_size", None), int):
+            vision.patch_size = patch  # patches are cut by the processor, whichever release of the family it is of
     for name in ("projection_dim", "vision_feature_dim"):
         if isinstance(getattr(small, name, None), int):
             setattr(small, name, 64)
