@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from vlmdet.contract import FILE_NAME, MUST_AGREE, Contract, Difference, compare, refuse_mismatch
+from vlmdet.contract import (
+    FILE_NAME,
+    MUST_AGREE,
+    Contract,
+    Difference,
+    adopt,
+    compare,
+    permitted,
+    refuse_mismatch,
+    tell_permitted,
+)
 from vlmdet.errors import ConfigError, ContractError
 
 TRAINED = Contract(
@@ -176,3 +186,26 @@ def test_an_unknown_field_is_met_with_the_nearest() -> None:
         refuse_mismatch(TRAINED, TRAINED, allow=["max_pixel"])
     with pytest.raises(ConfigError):
         compare(TRAINED, TRAINED, ignore=["x"])
+
+
+def test_what_a_user_permits_is_recorded_told_and_then_holds() -> None:
+    now = dataclasses.replace(TRAINED, max_pixels=2, labels=("chair",), template_sha256="cd" * 32)
+    allowed = permitted(TRAINED, now, ["max_pixels", "labels", "codec"])
+    assert allowed == {
+        "max_pixels": {"trained": 1003520, "now": 2},
+        "labels": {"trained": ["café table", "chair"], "now": ["chair"]},
+        "codec": {"trained": "qwen2_vl", "now": "qwen2_vl"},
+    }
+    json.dumps(allowed)
+    assert tell_permitted(allowed) == [
+        "--allow max_pixels: was 1003520, now 2",
+        "--allow labels: was ['café table', 'chair'], now ['chair']",
+        "--allow codec: it does not differ",
+    ]
+    assert adopt(TRAINED, allowed) == dataclasses.replace(TRAINED, max_pixels=2, labels=("chair",))
+    own = dataclasses.replace(TRAINED, user_prompt="detect chair")  # a base in its own words keeps them
+    asked = permitted(TRAINED, dataclasses.replace(TRAINED, user_prompt="Where?"), ["user_prompt"])
+    assert (adopt(TRAINED, asked).user_prompt, adopt(own, asked)) == ("Where?", own)
+    assert permitted(TRAINED, now, []) == {} and adopt(TRAINED, {}) == TRAINED
+    with pytest.raises(ConfigError, match="did you mean 'max_pixels'"):
+        permitted(TRAINED, now, ["max_pixel"])

@@ -146,7 +146,7 @@ def compare(first: Contract, second: Contract, *, ignore: Iterable[str] = ()) ->
     Raises:
         ConfigError: `ignore` names what is no field.
     """
-    left_out = set(_known(ignore))
+    left_out = set(check_fields(ignore))
     return [
         Difference(entry.name, getattr(first, entry.name), getattr(second, entry.name))
         for entry in dataclasses.fields(Contract)
@@ -168,7 +168,7 @@ def refuse_mismatch(
         ContractError: a field differs; the message names each such field, both values, and the flag that permits it.
         ConfigError: `allow` or `fields` names what is no field.
     """
-    required = set(_known(fields)) - set(_known(allow))
+    required = set(check_fields(fields)) - set(check_fields(allow))
     differences = [difference for difference in compare(trained, now) if difference.field in required]
     if differences:
         parts = [
@@ -179,8 +179,53 @@ def refuse_mismatch(
         raise ContractError(f"the contract differs: {', and '.join(parts)}", f"use what was trained, or pass {flags}")
 
 
-def _known(names: Iterable[str]) -> list[str]:
-    """Return the names, or refuse one that is no field of a contract."""
+def permitted(trained: Contract, now: Contract, allow: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return both values of each field that the user permits to differ, for the record of what is made under it.
+
+    When: per run with `--allow FIELD`, after `refuse_mismatch`.
+
+    Output: `{"max_pixels": {"trained": 38416, "now": 50176}}`, with a field that does not differ too; JSON values.
+    """
+    pairs = {name: (getattr(trained, name), getattr(now, name)) for name in check_fields(allow)}
+    return {
+        name: {
+            word: list(value) if isinstance(value, tuple) else value
+            for word, value in zip(("trained", "now"), pair, strict=True)
+        }
+        for name, pair in pairs.items()
+    }
+
+
+def adopt(contract: Contract, allowed: dict[str, dict[str, Any]]) -> Contract:
+    """Return the contract of a step that goes on under what is now, where the user permits it: see `permitted`.
+
+    A field that this contract has otherwise than it was trained, such as the question of a base in its own words, is kept.
+    """
+    now: dict[str, Any] = {
+        name: tuple(values["now"]) if name == "labels" else values["now"]
+        for name, values in allowed.items()
+        if getattr(contract, name) == (tuple(values["trained"]) if name == "labels" else values["trained"])
+    }
+    return dataclasses.replace(contract, **now)
+
+
+def tell_permitted(allowed: dict[str, dict[str, Any]]) -> list[str]:
+    """Say of each field of `permitted`, in a line, what was let pass."""
+    lines = []
+    for name, values in allowed.items():
+        if values["trained"] == values["now"]:
+            lines.append(f"--allow {name}: it does not differ")
+        else:
+            lines.append("--allow {}: was {}, now {}".format(name, *_show_pair(values["trained"], values["now"])))
+    return lines
+
+
+def check_fields(names: Iterable[str]) -> list[str]:
+    """Return the names, or refuse one that is no field of a contract.
+
+    Raises:
+        ConfigError: it is none; says which one may be meant.
+    """
     known = [entry.name for entry in dataclasses.fields(Contract)]
     listed = list(names)
     for name in listed:

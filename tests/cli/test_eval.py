@@ -152,6 +152,8 @@ def test_what_cannot_be_done_is_said_in_a_line(
         ([], "eval needs a RUN"),
         (["runs/mine", "--from", str(lonely)], "not both"),
         (["runs/mine", "--engine", "openai"], "--served-name"),
+        (["runs/mine", "--allow", "template"], "did you mean 'template_sha256'?"),
+        (["--from", str(lonely), "--allow", "labels"], "--allow is for a RUN"),
         (["runs/mine", "--max-errors", "1.5"], "evaluation.max_errors"),
     ):
         assert main(["eval", *words]) == 2
@@ -189,3 +191,43 @@ def test_predict_scores_boxes_by_drawn_answers(tmp_path: Path, capsys: pytest.Ca
     for row in rows:
         assert row["score_source"] == "consistency" and len(row["scores"]) == len(row["boxes"])
         assert set(row["scores"]) <= {0.0, 1.0}
+
+
+def test_a_field_of_the_contract_that_may_differ_is_named_told_and_recorded(
+    scored: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree("runs/mine/001", copy, symlinks=True)
+    own = json.loads((copy / "contract.json").read_text())
+    for folder in (copy, copy / "checkpoints" / "best"):
+        (folder / "contract.json").write_text(json.dumps(own | {"codec_version": "qwen2_vl-0", "user_prompt": "Old?"}))
+    assert main(["eval", str(copy), "--allow", "codec_version"]) == 2
+    error = capsys.readouterr().err
+    assert "user_prompt was 'Old?'" in error and "codec_version was" not in error
+    named = error.split("or pass ")[1].split()  # what the refusal says is what the command takes
+    assert main(["eval", str(copy), "--allow", "codec_version", *named, "--limit", "2"]) == 0
+    assert "tuned: --allow codec_version: was 'qwen2_vl-0', now 'qwen2_vl-1'" in capsys.readouterr().out
+    meta = json.loads((copy / "eval/test/tuned/results.json").read_text())["meta"]
+    assert meta["allow"] == {
+        "codec_version": {"trained": "qwen2_vl-0", "now": "qwen2_vl-1"},
+        "user_prompt": {"trained": "Old?", "now": own["user_prompt"]},
+    }
+    assert (meta["codec"], meta["user_prompt"]) == ("qwen2_vl-1", own["user_prompt"])
+    asked = json.loads((copy / "eval/test/tuned/contract.json").read_text())
+    assert asked["user_prompt"] == own["user_prompt"]
+
+
+def test_predict_looks_for_other_classes_where_that_is_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (90, 60), "white").save(tmp_path / "0.png")
+    words = ["predict", str(tmp_path / "0.png"), "--model", "runs/mine", "--out", str(tmp_path), "--classes", "cup"]
+    assert main(words) == 2
+    named = capsys.readouterr().err.split("or pass ")[1].split()
+    assert named == ["--allow", "user_prompt", "--allow", "labels"]
+    assert main([*words, *named]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["allow"]["labels"] == {"trained": ["nutrition-table"], "now": ["cup"]}
+    assert "--allow labels: was ['nutrition-table'], now ['cup']" in shown.err

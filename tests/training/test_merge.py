@@ -264,7 +264,7 @@ def test_what_a_four_bit_base_changes_is_measured(small_base: Path, here: Path) 
 
 
 def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(
-    small_base: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+    small_base: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(DataError, match="no finished run"):
         merge_run("cells", say=quiet)
@@ -290,8 +290,15 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(
     with pytest.raises(ModelError, match="fingerprint"):
         merge_run("cells", say=quiet)
     (best / "contract.json").write_text(json.dumps(contract | {"template_sha256": "0" * 64}))
-    with pytest.raises(ContractError, match="template_sha256"):
+    with pytest.raises(ContractError, match="--allow template_sha256"):
         merge_run("cells", say=quiet)
+    assert main(["merge", "runs/cells", "--allow", "template"]) == 2
+    assert "did you mean 'template_sha256'" in capsys.readouterr().err
+    assert main(["merge", "runs/cells", "--allow", "template_sha256", "--out", "allowed"]) == 0
+    assert "--allow template_sha256: was '000" in capsys.readouterr().out
+    now = {"trained": "0" * 64, "now": contract["template_sha256"]}
+    assert json.loads((here / "allowed/merge.json").read_text())["allow"] == {"template_sha256": now}
+    assert Contract.read(here / "allowed").template_sha256 == contract["template_sha256"]  # as its processor is
     (best / "adapter_config.json").rename(best / "config.json")
     with pytest.raises(ModelError, match="whole already"):
         merge_run("cells", say=quiet)

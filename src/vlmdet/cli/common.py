@@ -33,6 +33,28 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
 
 
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Add --allow; its names are checked by `allowed_fields`."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="of the run's contract, that may differ; repeat for several",
+    )
+
+
+def allowed_fields(args: argparse.Namespace) -> list[str]:
+    """Return the fields of --allow, each once.
+
+    Raises:
+        ConfigError: one is no field of a contract.
+    """
+    from vlmdet.contract import check_fields
+
+    return list(dict.fromkeys(check_fields(args.allow)))
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add the dotted settings at the end of a command."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, e.g. training.epochs=5")

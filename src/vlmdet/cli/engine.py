@@ -58,6 +58,13 @@ def make_server(args: argparse.Namespace, processor: Any, contract: Any, evaluat
     from vlmdet.grounding.grammar import answer_pattern
     from vlmdet.models.answers import MAX_BOXES
 
+    most = MAX_BOXES
+    if evaluation.constrain:
+        from vlmdet.models.constrain import boxes_that_fit
+
+        # more boxes than there is room for would be cut off, and the last one lost; a baseline's own tokens are not known here
+        fit = boxes_that_fit(processor.tokenizer, contract.codec, contract.labels, evaluation.max_new_tokens)
+        most = min(MAX_BOXES, fit)
     return openai_engine(
         args.url,
         args.served_name,
@@ -68,7 +75,7 @@ def make_server(args: argparse.Namespace, processor: Any, contract: Any, evaluat
         timeout=args.timeout,
         retries=args.retries,
         logprobs=evaluation.scores in TOKEN_SOURCES,
-        constrain=(lambda view: answer_pattern(contract.codec, contract.labels, view, MAX_BOXES))
+        constrain=(lambda view: answer_pattern(contract.codec, contract.labels, view, most))
         if evaluation.constrain
         else None,
         samples=evaluation.consistency_samples if evaluation.scores == "consistency" else 0,

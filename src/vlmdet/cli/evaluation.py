@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlmdet.cli.common import add_json, add_verb, make_say, say_nothing
+from vlmdet.cli.common import add_allow, add_json, add_verb, allowed_fields, make_say, say_nothing
 from vlmdet.cli.engine import add_engine, contract_asked, engine_overrides, make_server
 from vlmdet.errors import ConfigError
 
@@ -45,6 +45,7 @@ def add_eval(verbs: Any) -> None:
         help="with --from: make scores probabilities, as fitted on these predictions of another split",
     )
     evaluation.add_argument("--classes", action="append", metavar="NAME", help="with --from, where no contract lies by")
+    add_allow(evaluation)
     add_engine(evaluation)
     add_json(evaluation)
 
@@ -52,7 +53,10 @@ def add_eval(verbs: Any) -> None:
 def _eval(args: argparse.Namespace) -> None:
     if (args.run_name is None) == (args.stored is None):
         raise ConfigError("eval needs a RUN, or --from FILE, and not both", "e.g. vlmdet eval runs/demo --base")
+    allow = allowed_fields(args)
     if args.stored is not None:
+        if allow:
+            raise ConfigError("--allow is for a RUN: scoring stored predictions compares no contracts", "leave it out")
         _score_stored(args)
         return
     if args.calibrate_on is not None:
@@ -95,7 +99,8 @@ def _eval(args: argparse.Namespace) -> None:
         import torch
 
         join(cpu=not torch.cuda.is_available())
-    figures = _predict_all(args, folder, settings, contract, samples, split, gather if world_size() > 1 else None)
+    together = gather if world_size() > 1 else None
+    figures = _predict_all(args, folder, settings, contract, samples, split, together, allow, say)
     if is_main():
         _tell_all(args, folder / "eval" / split, contract, samples, figures, settings, say)
         write_report(folder, say=say)
@@ -103,27 +108,39 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _predict_all(
-    args: argparse.Namespace, folder: Path, settings: Any, contract: Any, samples: Any, split: str, gather: Any
+    args: argparse.Namespace,
+    folder: Path,
+    settings: Any,
+    contract: Any,
+    samples: Any,
+    split: str,
+    gather: Any,
+    allow: list[str],
+    say: Any,
 ) -> dict[str, Any]:
     """Predict and score base, base in its own words, and tuned model, or what a server has."""
     from dataclasses import asdict, replace
 
+    from vlmdet.contract import adopt, tell_permitted
     from vlmdet.evaluation.evaluate import evaluate, evaluate_engine
     from vlmdet.evaluation.native import native_contract
     from vlmdet.models.families import codec_of
-    from vlmdet.models.loader import load, load_processor
+    from vlmdet.models.loader import load, load_without_weights, refuse_other_contract
 
     place = folder / "eval" / split
     more = "_constrained" if settings.evaluation.constrain else ""  # beside the plain ones, to be compared
     common = asdict(replace(settings.evaluation, split=split))
     limits = {"min_pixels": contract.min_pixels, "max_pixels": contract.max_pixels}
     if args.engine == "openai":
-        merged = (folder / "merge.json").is_file()
-        processor = load_processor(str(folder if merged else (folder / "checkpoints" / "best").resolve()), **limits)
-        contract = contract_asked(args, contract)
-        engine = make_server(args, processor, contract, settings.evaluation)
+        known = load_without_weights(str(folder))
+        allowed = refuse_other_contract(known, contract, allow=allow)
+        for line in tell_permitted(allowed):
+            say(line)
+        contract = contract_asked(args, adopt(contract, allowed))
+        engine = make_server(args, known.processor, contract, settings.evaluation)
         name = f"{'baseline' if args.baseline else 'openai'}{more}"
         meta = {"name": name, "split": split, "engine": "openai", "url": args.url, "served_name": args.served_name}
+        meta |= {"allow": allowed} if allowed else {}
         del common["split"], common["batch_size"]
         found = evaluate_engine(
             engine,
@@ -138,7 +155,7 @@ def _predict_all(
         )
         return {name: found}
     figures = {}
-    common |= {"contract": contract, "new": args.new, "gather": gather}
+    common |= {"contract": contract, "new": args.new, "gather": gather, "allow": allow, "say": say}
 
     def score(loaded: Any, which: str, **own: Any) -> None:
         name = which + more

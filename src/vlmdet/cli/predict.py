@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from vlmdet.cli.common import add_verb
+from vlmdet.cli.common import add_allow, add_verb, allowed_fields
 from vlmdet.cli.engine import add_engine, contract_asked, engine_overrides, make_server
 from vlmdet.errors import ConfigError
 
@@ -31,26 +32,29 @@ def add_predict(verbs: Any) -> None:
     predict.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the drawn pictures")
     predict.add_argument("--min-pixels", type=int, help="for a base other than tiny")
     predict.add_argument("--max-pixels", type=int, help="for a base other than tiny")
+    add_allow(predict)
     add_engine(predict)
 
 
 def _predict(args: argparse.Namespace) -> None:
     from vlmdet.images import open_image
 
+    allow = allowed_fields(args)
     sizes = [open_image(path).size for path in args.images]
 
     from vlmdet.boxes import Boxes
     from vlmdet.config import load_settings
-    from vlmdet.contract import refuse_mismatch
+    from vlmdet.contract import permitted, refuse_mismatch, tell_permitted
     from vlmdet.evaluation.evaluate import scorer
     from vlmdet.evaluation.predict import predict
     from vlmdet.evaluation.scores import TOKEN_SOURCES
     from vlmdet.models.inference import MAX_NEW_TOKENS, hf_engine
-    from vlmdet.models.loader import load, make_contract
+    from vlmdet.models.loader import load, load_without_weights, make_contract
     from vlmdet.records import Sample
     from vlmdet.utils.visualization import visualize_bbox_on_image
 
-    loaded = load(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    known = load if args.engine == "hf" else load_without_weights  # a server has the weights
+    loaded = known(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     labels = tuple(args.classes or (loaded.contract.labels if loaded.contract else ()))
     if not labels:
         raise ConfigError(f"{args.model} is no run, so it does not know what to look for", "name it with --classes")
@@ -62,8 +66,12 @@ def _predict(args: argparse.Namespace) -> None:
         max_new_tokens=MAX_NEW_TOKENS,
         data_fingerprint="",
     )
+    allowed = {}
     if loaded.contract is not None:
-        refuse_mismatch(loaded.contract, contract)
+        refuse_mismatch(loaded.contract, contract, allow=allow)
+        allowed = permitted(loaded.contract, contract, allow)
+        for line in tell_permitted(allowed):
+            print(line, file=sys.stderr)
     samples = [
         Sample(str(path), path, width, height, Boxes.empty(), (), source=str(path))
         for path, (width, height) in zip(args.images, sizes, strict=True)
@@ -98,4 +106,5 @@ def _predict(args: argparse.Namespace) -> None:
             drawn = drawn.with_stem(f"{drawn.stem}-again")
         taken.add(drawn)
         visualize_bbox_on_image(open_image(path), row["boxes"], row["labels"]).save(drawn)
-        print(json.dumps({**{key: value for key, value in row.items() if key != "truth"}, "drawn": str(drawn)}))
+        shown = {key: value for key, value in row.items() if key != "truth"} | {"drawn": str(drawn)}
+        print(json.dumps(shown | ({"allow": allowed} if allowed else {})))

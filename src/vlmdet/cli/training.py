@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vlmdet.cli.common import (
+    add_allow,
     add_json,
     add_overrides,
     add_selection,
     add_verb,
+    allowed_fields,
     given,
     make_say,
     read_stages,
@@ -138,18 +140,20 @@ def add_merge(verbs: Any) -> None:
         "measured); auto: what the base has on disk, float32 for tiny",
     )
     merging.add_argument("--skip-eval", action="store_true", help="do not score against the 4-bit base of the training")
+    add_allow(merging)
     add_json(merging)
 
 
 def _merge(args: argparse.Namespace) -> None:
     from vlmdet.runs import need_run
 
+    allow = allowed_fields(args)
     need_run(args.run_name)  # before ten seconds of imports
 
     from vlmdet.training.merge import merge_run
 
     say = make_say(args)
-    result = merge_run(args.run_name, out=args.out, dtype=args.dtype, skip_eval=args.skip_eval, say=say)
+    result = merge_run(args.run_name, out=args.out, dtype=args.dtype, skip_eval=args.skip_eval, allow=allow, say=say)
     say(f"next:\n  vlmdet predict PICTURE.jpg --model {result['merged']}")
     if args.json:
         print(json.dumps(result))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 import vlmdet
-from vlmdet.contract import Contract
+from vlmdet.contract import Contract, adopt, tell_permitted
 from vlmdet.evaluation.native import map_label
 from vlmdet.evaluation.predict import MAX_ERROR_SHARE, Gather, predict, print_progress, truth_row
 from vlmdet.evaluation.scores import TOKEN_SOURCES, ScoreSource, score_boxes, score_consistency
@@ -46,13 +46,16 @@ def evaluate(
     native: Contract | None = None,
     new: bool = False,
     gather: Gather | None = None,
+    allow: Sequence[str] = (),
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Predict a split with a model in this process, and write predictions and scores.
 
     Input: a model; its samples; the `contract` that says prompt, pixels and codec; `folder`, e.g. `runs/x/001/eval/test/base`;
     `name`, `base`, `base_native` or `tuned`; the settings of `evaluation` in `settings.py`; `native`, the contract by which a
     base is asked in its own words (`native.native_contract`): its answers' labels are mapped to those of `contract`; `new`,
-    predict again where the same rows are there already; `gather`, where several processes do this together.
+    predict again where the same rows are there already; `gather`, where several processes do this together; `allow`, fields of
+    the contract that may differ from what is found now, which then holds, stands in `meta`, and is told to `say`.
     Output: the figures, `{"f1_50": {"value", "low", "high", "n"}, …}`; in the folder `predictions.jsonl` and what
     `scoring.score_and_write` writes.
 
@@ -60,8 +63,11 @@ def evaluate(
         ContractError: the model, its processor or this version of the tool would ask or read otherwise than the contract.
         DataError: too many pictures could not be run.
     """
-    refuse_other_contract(loaded, contract)
-    asked = native or contract
+    allowed = refuse_other_contract(loaded, contract, allow=allow)
+    if say is not None:
+        for line in tell_permitted(allowed):
+            say(f"{name}: {line}")
+    asked = adopt(native or contract, allowed)
     engine = hf_engine(
         loaded,
         contract=asked,
@@ -78,7 +84,8 @@ def evaluate(
         samples,
         contract=asked,
         folder=folder,
-        meta={"name": name, "split": split, "engine": "hf", "dtype": dtype, "weights": _digest(loaded.model)},
+        meta={"name": name, "split": split, "engine": "hf", "dtype": dtype, "weights": _digest(loaded.model)}
+        | ({"allow": allowed} if allowed else {}),
         max_new_tokens=max_new_tokens,
         scores=scores,
         consistency_samples=consistency_samples,

@@ -1,6 +1,8 @@
 """Load a model and its processor: the embedded base, a base of any family, or what a run has tuned, stage upon stage.
 
 When: PER RUN. Weights are read as safetensors only; remote code is never run.
+
+Long, because what is loaded is held here against what a contract says of it: weights, 4-bit areas, processor, fingerprint.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 import vlmdet
-from vlmdet.contract import SCHEMA, Contract, refuse_mismatch
+from vlmdet.contract import SCHEMA, Contract, permitted, refuse_mismatch
 from vlmdet.errors import ConfigError, ModelError
 from vlmdet.grounding import PIXEL_CODECS, get_codec
 from vlmdet.grounding.questions import question_of
@@ -137,6 +140,30 @@ def load(
         contract, found = None, fingerprint(base)
     processor = load_processor(str(run or name), min_pixels=min_pixels, max_pixels=max_pixels)
     return Loaded(model.to(where).eval(), processor, base, found, contract)
+
+
+def load_without_weights(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Loaded:
+    """Load what is known of a base or a tuned model but its weights: for one that a server has.
+
+    When: once per run with `--engine openai`; no weights are read, and none are needed on this disk.
+
+    Input: as `load`. Output: as `load`; of the model, `config` alone. `base_fingerprint` is what the contract names; of a base,
+    "": nobody looks at its files.
+
+    Raises:
+        ModelError, ContractError: as `load`.
+    """
+    stages = stages_of(name)
+    run = stages.folders[-1] if stages.folders else None
+    contract = Contract.read(run) if run else None
+    if contract is not None:
+        min_pixels, max_pixels = contract.min_pixels, contract.max_pixels
+    _, config = _config_of(stages.weights)
+    processor = load_processor(str(run or name), min_pixels=min_pixels, max_pixels=max_pixels)
+    model = SimpleNamespace(config=config)
+    if contract is None:
+        return Loaded(model, processor, name, "")
+    return Loaded(model, processor, contract.base_model, contract.base_fingerprint, contract)
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
@@ -360,10 +387,14 @@ def make_contract(
     )
 
 
-def refuse_other_contract(loaded: Loaded, contract: Contract) -> None:
+def refuse_other_contract(
+    loaded: Loaded, contract: Contract, *, allow: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Stop where a model, its processor or this version of the tool would ask or read otherwise than a contract says.
 
     When: per run, before a model that was tuned, or the base beside it, is asked anything.
+
+    Input: `allow`, fields that the user permits to differ. Output: of these, both values: see `contract.permitted`.
 
     Raises:
         ContractError: see `contract.refuse_mismatch`.
@@ -376,7 +407,8 @@ def refuse_other_contract(loaded: Loaded, contract: Contract) -> None:
         max_new_tokens=int(contract.decoding["max_new_tokens"]),
         data_fingerprint=contract.data_fingerprint,
     )
-    refuse_mismatch(contract, now)
+    refuse_mismatch(contract, now, allow=allow)
+    return permitted(contract, now, allow)
 
 
 def _device(device: str) -> str:

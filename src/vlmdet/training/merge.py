@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlmdet.boxes import Boxes
 from vlmdet.config import load_settings
-from vlmdet.contract import Contract
+from vlmdet.contract import Contract, adopt, tell_permitted
 from vlmdet.data.synthetic.packages import draw_package
 from vlmdet.errors import ConfigError, DataError, ImageError, ModelError, did_you_mean
 from vlmdet.evaluation.compare import paired_difference
@@ -68,7 +68,13 @@ class Seen:
 
 
 def merge_run(
-    name: str, *, out: Path | None = None, dtype: str = "auto", skip_eval: bool = False, say: Say = print
+    name: str,
+    *,
+    out: Path | None = None,
+    dtype: str = "auto",
+    skip_eval: bool = False,
+    allow: Sequence[str] = (),
+    say: Say = print,
 ) -> dict[str, Any]:
     """Write the weights of a run's base with its adapters merged in, verified, as a folder that plain transformers loads.
 
@@ -76,9 +82,10 @@ def merge_run(
 
     Input: `name` of a finished run; `out`, a folder that is absent or empty, default `<run folder>/merged`; `dtype` of the
     written weights: `auto` is what the base has on disk, and float32 for the embedded base, whose merged weights are then
-    exact and still small; `skip_eval` leaves out the comparison with a 4-bit base.
+    exact and still small; `skip_eval` leaves out the comparison with a 4-bit base; `allow`, fields of the contract that may
+    differ from what is found now, which then holds in the merged folder's contract.
     Output: what `merge.json` holds: `{"merged", "run", "base", "stages", "dtype", "verified": {…}, "rounding": {…} | null,
-    "nf4": {…} | null}`.
+    "nf4": {…} | null, "allow": {…}}`.
 
     Raises:
         ConfigError: several processes, an `out` that holds something, or an unknown dtype.
@@ -103,7 +110,10 @@ def merge_run(
         say(f"{run} has not come to its end: this is its best checkpoint so far")
     say(f"base: {stages.weights}, loaded in float32 on the CPU; adapters, in order: {_listed(stages.adapters)}")
     tuned = load(str(last), dtype="float32", device="cpu")
-    refuse_other_contract(tuned, contract)
+    allowed = refuse_other_contract(tuned, contract, allow=allow)
+    for line in tell_permitted(allowed):
+        say(line)
+    contract = adopt(contract, allowed)
     _refuse_full_disk(folder, tuned.model, kept)
     samples, where = _pictures(settings)
     before = look(tuned, samples, contract)
@@ -150,6 +160,7 @@ def merge_run(
             "verified": verified,
             "rounding": rounding,
             "nf4": nf4,
+            "allow": allowed,
         }
         (part / "merge.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(folder)
