@@ -271,7 +271,8 @@ def _generate(
     # an encoder-decoder gives back what the decoder wrote, after its start token
     prompt = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
     # temperature and its like are None, or a checkpoint's sampling settings would be warned about on every call; Florence-2's
-    # own settings (three beams, no three tokens twice) are for captions: a name of three tokens could be written only once
+    # own settings (three beams, no three tokens twice) are for captions: a name of three tokens could be written only once.
+    # Qwen2.5-VL's checkpoints bring a repetition penalty of 1.05, and a list of boxes repeats its names
     output = model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
@@ -281,6 +282,7 @@ def _generate(
         top_k=None,
         num_beams=1,
         no_repeat_ngram_size=0,
+        repetition_penalty=1.0,
         use_cache=True,
         eos_token_id=list(ends),
         pad_token_id=processor.tokenizer.pad_token_id,
