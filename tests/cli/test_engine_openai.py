@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,13 +26,13 @@ class StandIn:
     """A server with the model `m` that gives one text to every picture; `bodies` are the requests."""
 
     def __init__(self) -> None:
-        self.text, self.prompt_tokens = BOX, 0
+        self.text, self.prompt_tokens, self.owner = BOX, 0, "me"
         self.bodies: list[dict[str, Any]] = []
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply({"data": [{"id": "m", "owned_by": "me"}]})
+                self.reply({"data": [{"id": "m", "owned_by": stand_in.owner}]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -89,6 +90,30 @@ def test_predict_gives_the_rows_of_a_server(
     assert row["boxes"] == [pytest.approx([0.1, 0.25, 0.5, 0.75])] and row["labels"] == ["cross"]
     assert row["tokens"] == {"prompt": stand_in.prompt_tokens, "image": 25, "answer": 9}
     assert len(stand_in.bodies) == 1
+
+
+def test_no_weights_are_read_for_a_model_that_a_server_has(
+    words: list[str], stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AutoModelForImageTextToText", "fingerprint"):
+        monkeypatch.setattr(f"vlmdet.models.loader.{name}", None)
+    assert main(words) == 0
+    assert len(stand_in.bodies) == 1
+
+
+def test_a_constrained_server_gets_as_many_boxes_as_there_is_room_for(
+    words: list[str], stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in.owner = "vllm"
+    assert main([*words, "--constrain"]) == 0
+    pattern = re.compile(stand_in.bodies[0]["structured_outputs"]["regex"])
+    tokenizer = load_processor("tiny", min_pixels=None, max_pixels=None).tokenizer
+    room = stand_in.bodies[0]["max_tokens"] - 1  # the end token is one
+    longest = BOX.replace("100,250", "998,998").replace("500,750", "999,999")
+    counts = [count for count in range(1, 100) if pattern.fullmatch(longest * count)]
+    assert counts == list(range(1, len(counts) + 1)) and 1 < len(counts) < 99
+    assert len(tokenizer(longest * len(counts))["input_ids"]) <= room
+    assert len(tokenizer(longest * (len(counts) + 1))["input_ids"]) > room
 
 
 def test_a_baseline_is_asked_in_its_own_words_and_its_prompt_is_not_compared(
