@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,16 @@ def test_other_files_are_refused_in_one_line(read: Any, results: Any, words: str
     with pytest.raises(DataError, match=words) as caught:
         read(results)
     assert "\n" not in str(caught.value)
+
+
+def test_a_packed_file_is_named_and_a_byte_order_mark_is_read(read: Any, tmp_path: Path) -> None:
+    truth, expected = read(GOOD)
+    packed, marked = tmp_path / "dt.json.gz", tmp_path / "marked.json"
+    packed.write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+    marked.write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    with pytest.raises(DataError, match="packed by gzip"):
+        read_results(packed, truth)
+    assert read_results(marked, truth).rows == expected.rows
 
 
 def test_a_box_format_that_is_said_is_read(read: Any) -> None:

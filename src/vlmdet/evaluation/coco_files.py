@@ -314,7 +314,10 @@ def rows_about(rows: Sequence[Mapping[str, Any]], truth: Truth, where: str) -> l
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            raise DataError(f"{path}: is packed by gzip", f"unpack it: gunzip --keep {path}")
+        return json.loads(content)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})", "name a JSON file in COCO's format") from error
     except (ValueError, RecursionError) as error:
