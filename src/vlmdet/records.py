@@ -58,6 +58,9 @@ class Sample:
         meta: what else the row said.
         turn_unknown: its EXIF tag turns the picture, and nothing tells whether the boxes were drawn before or after;
             they are taken as upright, and the pre-pass drops the row.
+        crowd: m regions of many objects at once (COCO's `iscrowd`) on the upright picture: nothing to learn, and what is
+            predicted on them is no mistake.
+        crowd_labels: m names.
     """
 
     id: str
@@ -71,6 +74,8 @@ class Sample:
     source: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     turn_unknown: bool = False
+    crowd: Boxes = field(default_factory=Boxes.empty)
+    crowd_labels: tuple[str, ...] = ()
 
     @property
     def image(self) -> Image.Image:

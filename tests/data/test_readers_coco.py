@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlmdet.boxes import BoxFormat
 from vlmdet.data.readers import open_dataset
+from vlmdet.data.select import select
 from vlmdet.errors import DataError
 from vlmdet.records import DetectionDataset, Sample
 
@@ -148,6 +149,36 @@ def test_crowds_stand_in_meta(tmp_path: Path) -> None:
     assert only(dataset).meta == {"coco_id": 1, "crowd": [{"label": "cat", "bbox": [0, 0, 40, 10]}]}
     assert [(p.kind, p.action, p.row, p.id) for p in dataset.problems] == [("crowd_box", "box_dropped", 1, "1")]
     assert any("1 regions of crowds" in note for note in dataset.notes)
+    np.testing.assert_allclose(only(dataset).crowd.xyxy, [[0, 0, 1, 0.5]])
+    assert only(dataset).crowd_labels == ("cat",)
+
+
+def test_crowds_follow_their_picture_and_the_choice_of_classes(tmp_path: Path) -> None:
+    """A picture of 40 x 20 stored pixels that is to be turned by 90 degrees; its file states no size; and one that is plain."""
+    boxes = [
+        box(1, 0, 0, 40, 10, iscrowd=1),
+        box(1, 30, 10, 20, 20, iscrowd=1, category=90),
+        box(1, 5, 5, 0, 3, iscrowd=1),
+        box(2, 0, 0, 20, 20, iscrowd=1),
+    ]
+    file = write(tmp_path / "a.json", document([image(1, width=None, height=None), image(2)], boxes))
+    tags = Image.Exif()
+    tags[274] = 6  # the stored top is the right side
+    Image.new("RGB", (40, 20)).save(tmp_path / "1.jpg", exif=tags)
+    Image.new("RGB", (40, 20)).save(tmp_path / "2.jpg")
+    turned, plain = open_dataset(file, exif="ignored").splits["train"]
+    assert (turned.width, turned.height) == (20, 40)
+    np.testing.assert_allclose(
+        turned.crowd.xyxy, [[0.5, 0, 1, 1], [0, 0.75, 0.5, 1]]
+    )  # the second is cut to the picture
+    assert turned.crowd_labels == ("cat", "dog")  # one without an area covers nothing
+    np.testing.assert_allclose(plain.crowd.xyxy, [[0, 0, 0.5, 1]])
+    chosen = select(open_dataset(file, exif="applied"), classes=["dog"], rename={"dog": "hound"})
+    upright = chosen.splits["train"][0]  # boxes were drawn on a picture 20 wide: this one lies beside it
+    assert (upright.crowd_labels, len(upright.crowd)) == ((), 0)
+    chosen = select(open_dataset(file, exif="ignored"), classes=["dog"], rename={"dog": "hound"})
+    assert [row.crowd_labels for row in chosen.splits["train"]] == [("hound",), ()]
+    np.testing.assert_allclose(chosen.splits["train"][0].crowd.xyxy, [[0, 0.75, 0.5, 1]])
 
 
 def test_masks_are_passed_over_and_give_a_box_where_there_is_none(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ from PIL import Image
 
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.contract import Contract
+from vlmdet.data.readers import open_dataset
 from vlmdet.errors import DataError, ModelError
 from vlmdet.evaluation.files import read_predictions
+from vlmdet.evaluation.parts import header_of
 from vlmdet.evaluation.predict import predict
+from vlmdet.evaluation.results import summarise
 from vlmdet.models.answers import Answer, Ask, RowError
 from vlmdet.models.loader import load, make_contract
 from vlmdet.records import Sample
@@ -78,7 +83,9 @@ import json, os, signal, sys
 from pathlib import Path
 from vlmdet.boxes import FRACTIONS, Boxes
 from vlmdet.contract import Contract
+from vlmdet.evaluation.parts import header_of
 from vlmdet.evaluation.predict import predict
+from vlmdet.evaluation.results import summarise
 from vlmdet.models.answers import Answer
 from vlmdet.records import Sample
 
@@ -214,3 +221,26 @@ def test_processes_share_the_rows_and_each_gets_all(
     assert rows == [alone, alone]
     assert read_predictions(tmp_path / "predictions.jsonl") == alone
     assert sorted(path.name for path in tmp_path.glob("predictions*")) == ["predictions.jsonl", "predictions.made.json"]
+
+
+def test_what_is_predicted_on_a_crowd_of_a_coco_set_is_no_mistake(tmp_path: Path, contract: Contract) -> None:
+    """The engine finds (30, y) to (150, 45) on 300 x 60 pixels: inside of the first picture's crowd, on nothing of the second."""
+    crowd = {"category_id": 1, "bbox": [0, 0, 180, 60], "iscrowd": 1}
+    boxes = [{**crowd, "image_id": 1}, {"category_id": 1, "image_id": 2, "bbox": [200, 0, 60, 60], "iscrowd": 0}]
+    images = [{"id": number, "file_name": f"{number}.png", "width": 300, "height": 60} for number in (1, 2)]
+    document = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "sign"}]}
+    (tmp_path / "set.json").write_text(json.dumps(document))
+    for number in (1, 2):
+        make(tmp_path, number, width=300)
+    samples = list(open_dataset(tmp_path / "set.json").splits["train"])
+    rows = predict(engine, samples, contract=contract, path=tmp_path / "out" / "predictions.jsonl")
+    assert rows[0]["truth"] == {"boxes": [pytest.approx([0, 0, 0.6, 1])], "labels": ["sign"], "ignore": [True]}
+    assert rows[1]["truth"]["ignore"] == [False]
+    results = summarise(rows, labels_asked=["sign"], resamples=10)
+    assert results["errors"]["background"]["count"] == 1  # of the second picture alone
+    assert results["figures"]["precision_50"]["value"] == 0 and results["figures"]["precision_50"]["n"] == 2
+    alone = summarise(rows[:1], labels_asked=["sign"], resamples=10)
+    assert sum(error["count"] for error in alone["errors"].values()) == 0
+    # the crowd counts in what stored rows are compared by
+    other = [replace(samples[0], crowd=samples[0].crowd[:0], crowd_labels=()), samples[1]]
+    assert header_of(contract, samples, {}) != header_of(contract, other, {})

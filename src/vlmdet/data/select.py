@@ -88,7 +88,14 @@ def _class_hint(name: str, labels: Sequence[str]) -> str:
 def _relabel(sample: Sample, new_names: Mapping[str, str]) -> Sample:
     kept = [number for number, label in enumerate(sample.labels) if label in new_names]
     labels = tuple(new_names[sample.labels[number]] for number in kept)
-    return replace(sample, boxes=sample.boxes[kept], labels=labels)
+    crowd = [number for number, label in enumerate(sample.crowd_labels) if label in new_names]
+    return replace(
+        sample,
+        boxes=sample.boxes[kept],
+        labels=labels,
+        crowd=sample.crowd[crowd],
+        crowd_labels=tuple(new_names[sample.crowd_labels[number]] for number in crowd),
+    )
 
 
 def ensure_val(dataset: DetectionDataset, *, fraction: float = 0.1, seed: int = 0) -> tuple[DetectionDataset, str]:

@@ -47,6 +47,8 @@ def header_of(contract: Contract, samples: Sequence[Sample], made_with: Mapping[
             except OSError:  # its row becomes an error
                 file = [str(sample.picture)]
         values = [sample.id, sample.width, sample.height, sample.boxes.tolist(), sample.labels, file]
+        if sample.crowd_labels:
+            values += [sample.crowd.tolist(), sample.crowd_labels]
         digest.update(json.dumps(values).encode())
     fields = dataclasses.asdict(contract)
     header = {

@@ -175,9 +175,9 @@ def _row(sample: Sample, *, answer: Answer | None = None, status: str, error: st
         "width": sample.width,
         "height": sample.height,
         "truth": {
-            "boxes": sample.boxes.tolist(),
-            "labels": list(sample.labels),
-            "ignore": [False] * len(sample.labels),
+            "boxes": [*sample.boxes.tolist(), *sample.crowd.tolist()],
+            "labels": [*sample.labels, *sample.crowd_labels],
+            "ignore": [False] * len(sample.labels) + [True] * len(sample.crowd_labels),
         },
         "text": answer.text if answer else "",
         "boxes": [],

@@ -6,14 +6,14 @@ as columns, and several hundred as objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from vlmdet.boxes import Boxes
+from vlmdet.boxes import Boxes, BoxFormat
 from vlmdet.data.readers.frames import frame_of, read_head
 from vlmdet.errors import ImageError
 from vlmdet.records import Sample
@@ -35,7 +35,9 @@ class Columns:
         names: class names.
         groups: row number -> group.
         source: row number -> `file:row`.
-        meta: row number -> what else the row said; a new dictionary each time.
+        meta: row number -> what else the row said; a new dictionary each time. Its `crowd` lists regions as they are
+            written, in `box_format`: `[{"label": "cup", "bbox": [0, 0, 40, 10]}]`.
+        box_format: how boxes are written in the files.
         exif: what the user said about turned pictures.
         reads_heads: look at every picture's head at access, also where a size is stated.
     """
@@ -50,6 +52,7 @@ class Columns:
     groups: Callable[[int], str]
     source: Callable[[int], str]
     meta: Callable[[int], dict[str, Any]]
+    box_format: BoxFormat
     exif: str | None
     reads_heads: bool
 
@@ -90,7 +93,7 @@ class LazySamples(Sequence[Sample]):
         width, height = columns.sizes[number].tolist()
         picture = columns.picture(number)
         source = columns.source(number)
-        known = True
+        known, turn, frame_size = True, 1, (width, height)
         if columns.reads_heads or width <= 0:
             try:
                 head = read_head(picture, source)
@@ -98,8 +101,13 @@ class LazySamples(Sequence[Sample]):
                 pass
             else:
                 frame = frame_of((width, height), *head, columns.exif)
-                boxes = boxes.turned(frame.turn) if frame.turn != 1 else boxes
-                (width, height), known = frame.upright, frame.known
+                turn, known = frame.turn, frame.known
+                boxes = boxes.turned(turn) if turn != 1 else boxes
+                if width <= 0:
+                    frame_size = frame.upright[::-1] if turn >= 5 else frame.upright
+                width, height = frame.upright
+        meta = columns.meta(number)
+        crowd, crowd_labels = _crowd(meta.get("crowd", ()), columns.box_format, frame_size, turn)
         return Sample(
             id=columns.ids[number],
             picture=picture,
@@ -110,6 +118,19 @@ class LazySamples(Sequence[Sample]):
             split=self._split,
             group=columns.groups(number),
             source=source,
-            meta=columns.meta(number),
+            meta=meta,
             turn_unknown=not known,
+            crowd=crowd,
+            crowd_labels=crowd_labels,
         )
+
+
+def _crowd(
+    regions: Sequence[Mapping[str, Any]], box_format: BoxFormat, size: tuple[int, int], turn: int
+) -> tuple[Boxes, tuple[str, ...]]:
+    """Return the regions of crowds on the upright picture, cut to it; one without an area covers nothing, and is left out."""
+    if not regions or min(size) <= 0:
+        return Boxes.empty(), ()
+    boxes = Boxes.from_array([region["bbox"] for region in regions], box_format, *size).turned(turn).clip()
+    kept = [i for i, area in enumerate(boxes.area()) if area > 0]
+    return boxes[kept], tuple(regions[i]["label"] for i in kept)

@@ -229,7 +229,7 @@ class Rows:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             xyxy = many_to_fractions(values, known, box_sizes)
         keep = self._check(xyxy, values, sizes, known, usable)
-        columns = self._columns(xyxy, keep, sizes, reads_heads or self.exif == "ignored")
+        columns = self._columns(xyxy, keep, sizes, known, reads_heads or self.exif == "ignored")
         row_splits = np.frombuffer(self._row_splits, dtype=np.int64)
         if self.wanted is not None and self.wanted not in self._splits:
             raise DataError(f"{self.source} has no split '{self.wanted}'", did_you_mean(self.wanted, self._splits))
@@ -332,7 +332,9 @@ class Rows:
                     self.report_row(row, finding.kind, f"{said} {finding.what}", finding.action, place)
         return keep
 
-    def _columns(self, xyxy: np.ndarray, keep: np.ndarray, sizes: np.ndarray, reads_heads: bool) -> Columns:
+    def _columns(
+        self, xyxy: np.ndarray, keep: np.ndarray, sizes: np.ndarray, box_format: BoxFormat, reads_heads: bool
+    ) -> Columns:
         owners = np.frombuffer(self._owners, dtype=np.int64)
         order = np.flatnonzero(keep)
         if (np.diff(owners[order]) < 0).any():
@@ -362,6 +364,7 @@ class Rows:
             groups=lambda row: self._groups.get(row, ""),
             source=source,
             meta=meta,
+            box_format=box_format,
             exif=self.exif,
             reads_heads=reads_heads,
         )
