@@ -115,6 +115,14 @@ def test_adapters_that_do_nothing(tmp_path: Path) -> None:
     assert names(artefacts={"base": base, "adapter": empty})[0] == "M10"
 
 
+def test_names_of_before_the_renaming(tmp_path: Path) -> None:
+    old = {name.replace("language_model.", "").replace("model.visual", "visual"): value for name, value in BASE.items()}
+    base = write_base(tmp_path / "base", old)  # as it lies on disk to this day
+    assert names(artefacts={"base": base, "adapter": write_adapter(tmp_path / "new")}) == []
+    adapter = write_adapter(tmp_path / "old", module=LAYER.replace("language_model.", ""))
+    assert names(artefacts={"base": base, "adapter": adapter}) == ["M10"]
+
+
 def test_another_base(tmp_path: Path) -> None:
     base, adapter = write_base(tmp_path / "base", name="Qwen/Qwen2-VL-7B-Instruct"), write_adapter(tmp_path / "adapter")
     assert names(artefacts={"base": base, "adapter": adapter}) == ["M11"]

@@ -14,7 +14,7 @@ import numpy as np
 from vlmdet.doctor.calls import NotAvailable
 from vlmdet.doctor.checks import Check, Outcome, check, found, looked, skipped
 from vlmdet.doctor.gather.files import Artefact
-from vlmdet.doctor.gather.weights import adapter_config, compare_merge, exact_weight, find_weight, pairs_of, smallest
+from vlmdet.doctor.gather.weights import adapter_config, compare_merge, find_weight, old_name, pairs_of, smallest
 
 if TYPE_CHECKING:
     from vlmdet.doctor.evidence import Evidence
@@ -82,7 +82,8 @@ def adapter_on_its_base(evidence: Evidence) -> Outcome:
 
 def _names_and_shapes(adapter: Artefact, base: Artefact, pairs: list[Any]) -> Outcome:
     absent = [pair.module for pair in pairs if find_weight(pair.module, base.tensors) is None]
-    renamed = [pair.module for pair in pairs if not exact_weight(pair.module, base.tensors)]
+    qwen = "qwen" in str((base.configs.get("config.json") or {}).get("model_type", ""))
+    renamed = [pair.module for pair in pairs if qwen and old_name(pair.module)]
     other = []
     for pair in pairs:
         weight = find_weight(pair.module, base.tensors)
@@ -94,7 +95,7 @@ def _names_and_shapes(adapter: Artefact, base: Artefact, pairs: list[Any]) -> Ou
             "M11", where=str(adapter.path), evidence=f"{len(other)} of {len(pairs)} shapes differ; {other[0]}",
             cause="the adapter was trained on a base of another size",
         )  # fmt: skip
-    elif absent or len(renamed) == len(pairs):
+    elif absent or renamed:
         names = absent or renamed
         sample = next(iter(base.tensors), "")
         yield found(
@@ -223,6 +224,9 @@ def merged_is_base_plus_adapter(evidence: Evidence) -> Outcome:
             evidence=told,
             cause="the adapter was merged into another base: weights that it does not touch differ too",
         )
+    elif result.low_rank:
+        cause = "what differs is of low rank: another adapter is missing from the merged weights, or is in them twice"
+        yield found("S01", where=where, evidence=told, cause=cause)
     elif result.residue < 0.9 or quantised:
         yield found(
             "S02",
@@ -323,6 +327,12 @@ def processor_saved(evidence: Evidence) -> Outcome:
                 )  # fmt: skip
         elif has_processor:
             yield looked(identifier, f"{name}: min_pixels {low}, max_pixels {high}, as in training")
+        added, lost = _token_changes(held, one)
+        if added or lost:
+            yield found(
+                identifier, where=str(one.path), evidence=f"only in training: {lost[:6]}; only beside the weights: {added[:6]}",
+                cause="the tokenizer beside the weights has other tokens than that of the training",
+            )  # fmt: skip
         if template and one.template and _squeeze(one.template) != _squeeze(template):
             yield found(
                 "T06" if not served else "S05", where=str(one.path), evidence=_first_difference(template, one.template),
@@ -336,6 +346,17 @@ def processor_saved(evidence: Evidence) -> Outcome:
     if not seen:
         raise NotAvailable("saved processors (preprocessor_config.json or processor_config.json)")
     yield looked("T06", f"{seen} saved processors")
+
+
+def _token_changes(held: dict[str, Artefact], one: Artefact) -> tuple[list[str], list[str]]:
+    """Return control tokens that only a saved tokenizer has, and those that only the training's has."""
+    trained = next((held[name] for name in ("train_processor", "training_processor") if name in held), None)
+    if trained is None or trained is one:
+        return [], []
+    before, after = end_of(trained)[2], end_of(one)[2]
+    if not before or not after:
+        return [], []
+    return sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
 
 
 def _saved_elsewhere(held: dict[str, Artefact], name: str) -> bool:

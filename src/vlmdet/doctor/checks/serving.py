@@ -275,7 +275,7 @@ def throughput_of_work_done(evidence: Evidence) -> Outcome:
         if one.get("error") or one.get("ok") is False or str(one.get("status", "200")) not in _FINE
     ]
     told = f"{len(requests)} requests, {len(set(pictures))} different pictures, {len(failed)} failed"
-    spent = sum(float(one.get("latency", one.get("latency_s", one.get("seconds", 0))) or 0) for one in requests)
+    spent = sum(float(next((one[key] for key in _LATENCIES if key in one), 0) or 0) for one in requests)
     if len(pictures) >= 10 and len(set(pictures)) < 0.2 * len(pictures):
         yield found(
             "S09",
@@ -289,6 +289,7 @@ def throughput_of_work_done(evidence: Evidence) -> Outcome:
         yield looked("S09", f"{told}, {spent:.1f} s in all")
 
 
+_LATENCIES = ("latency", "latency_s", "latency_ms", "seconds", "duration", "elapsed", "ttft", "e2e_latency")
 _FINE = {"200", "ok", "success", "done", "none", "True", "completed"}
 
 
@@ -298,7 +299,7 @@ def _requests(evidence: Evidence) -> Sequence[Mapping[str, Any]]:
 
         for file in sorted(evidence.run().path.rglob("*.jsonl")):
             rows = read_lines(file, 5000)
-            if len(rows) >= 10 and any("latency" in key or key == "ttft" for key in rows[0]):
+            if len(rows) >= 10 and any(key in rows[0] for key in _LATENCIES) and "status" in rows[0]:
                 return rows
     if evidence.subject.artefacts is not None:
         for one in evidence.artefacts().values():

@@ -65,12 +65,12 @@ def find_weight(module: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     return None
 
 
-def exact_weight(module: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether a base has a weight under this very name, but for `base_model.` and one `model.` in front."""
-    return any(
-        f"{prefix}{module}.weight" in tensors or f"{prefix}{module}.base_layer.weight" in tensors
-        for prefix in ("", "model.")
-    )
+def old_name(module: str) -> bool:
+    """Tell whether a module has the name that Qwen-VL models had before transformers 4.52: `model.layers`, `visual.blocks`.
+
+    Bases keep those names on disk and are renamed on loading; the keys of an adapter are not.
+    """
+    return module.startswith(("visual.", "model.layers.", "layers."))
 
 
 def delta(pair: Pair, config: Mapping[str, Any]) -> np.ndarray:
@@ -97,6 +97,7 @@ class Merge:
         others: the largest relative difference of a weight that no adapter touches.
         modules: how many were read.
         dtypes: of base and merged weights: `("BF16", "BF16")`.
+        low_rank: what is left over is of low rank, as an adapter is and rounding is not.
     """
 
     residue: float
@@ -104,6 +105,7 @@ class Merge:
     others: float
     modules: int
     dtypes: tuple[str, str]
+    low_rank: bool
 
 
 def compare_merge(base: Artefact, merged: Artefact, adapters: list[Artefact]) -> Merge:
@@ -118,7 +120,7 @@ def compare_merge(base: Artefact, merged: Artefact, adapters: list[Artefact]) ->
             by_module.setdefault(pair.module, []).append((pair, adapter_config(adapter)))
     chosen = smallest([held[0][0] for held in by_module.values()])
     residue = moved = size = 0.0
-    modules, dtypes = 0, ("", "")
+    modules, dtypes, shares = 0, ("", ""), []
     for one in chosen:
         before, after = find_weight(one.module, base.tensors), find_weight(one.module, merged.tensors)
         if before is None or after is None or before.shape != after.shape:
@@ -132,11 +134,23 @@ def compare_merge(base: Artefact, merged: Artefact, adapters: list[Artefact]) ->
         size += float((np.asarray(added) ** 2).sum())
         modules += 1
         dtypes = (before.dtype, after.dtype)
+        shares.append(_top_share(change - added))
     if not modules or size == 0:
         raise NotAvailable("weights of base, adapter and merged model under names that belong together")
     return Merge(
-        math.sqrt(residue / size), math.sqrt(moved / size), _others(base, merged, set(by_module)), modules, dtypes
+        math.sqrt(residue / size),
+        math.sqrt(moved / size),
+        _others(base, merged, set(by_module)),
+        modules,
+        dtypes,
+        min(shares) > 0.9,
     )
+
+
+def _top_share(matrix: np.ndarray) -> float:
+    """Return the share of a matrix that its largest quarter of singular values holds; 0 for nothing."""
+    values = np.linalg.svd(matrix, compute_uv=False) ** 2
+    return float(values[: max(len(values) // 4, 1)].sum() / values.sum()) if values.sum() > 0 else 0.0
 
 
 def _others(base: Artefact, merged: Artefact, adapted: set[str]) -> float:
