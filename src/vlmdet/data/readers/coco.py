@@ -260,3 +260,63 @@ def _read_boxes(
     if crowds:
         what = "are no boxes to learn; scoring counts nothing on them as false"
         rows.notes.append(f"{name}: {crowds} regions of crowds (iscrowd) {what}; they stand in meta['crowd']")
+
+
+def _box_of_polygons(record: Any, records: _Records) -> tuple[float, float, float, float] | None:
+    """Return x, y, width, height around the polygons of an annotation; None where it has none (RLE, or nothing)."""
+    try:
+        polygons = records.as_type(_Polygons)(record).segmentation
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    xs = [x for polygon in polygons for x in polygon[0::2]]
+    ys = [y for polygon in polygons for y in polygon[1::2]]
+    if len(xs) < 2 or len(xs) != len(ys):
+        return None
+    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+
+
+def _decode(file: Path) -> _Records:
+    """Divide a file into its records.
+
+    The fast way leaves each record as the bytes it is. A file that is no JSON to a strict reader may still be one to
+    Python, which writes NaN and Infinity.
+    """
+    data = _read(file)
+    try:
+        document = msgspec.json.decode(data, type=_Document)
+        return _Records(document.images, document.annotations, document.categories, _from_json)
+    except msgspec.ValidationError as error:
+        raise _not_coco(file, error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        try:
+            plain = json.loads(data.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            raise DataError(f"{file} is no whole JSON file ({error})", "write or download it again") from error
+    if not isinstance(plain, dict):
+        raise _not_coco(file, f"it is a {type(plain).__name__}")
+    images, annotations, categories = (plain.get(key) for key in ("images", "annotations", "categories"))
+    if not (isinstance(images, list) and isinstance(annotations, list) and isinstance(categories, list)):
+        raise _not_coco(file, "images, annotations or categories is no list")
+    return _Records(images, annotations, categories, _from_plain)
+
+
+def _from_json(kind: Any) -> Callable[[Any], Any]:
+    return msgspec.json.Decoder(kind).decode
+
+
+def _from_plain(kind: Any) -> Callable[[Any], Any]:
+    return lambda record: msgspec.convert(record, kind)
+
+
+def _not_coco(file: Path, error: object) -> DataError:
+    return DataError(f"{file} is no COCO detection file ({error})", "it needs images, annotations and categories")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from error
+    if not data:
+        raise DataError(f"{file} is empty (0 bytes)", "write or download it again")
+    return data
