@@ -26,7 +26,7 @@ from vlmdet.doctor.checks.mask import Difference, Row, Tokens
 from vlmdet.doctor.evidence import Evidence, once
 from vlmdet.doctor.findings import Checked, Finding
 from vlmdet.doctor.gather.batches import Batch, supervised_of
-from vlmdet.doctor.gather.conversations import text_of
+from vlmdet.doctor.gather.conversations import messages_of, text_of
 from vlmdet.doctor.gather.token_bytes import bytes_of, latin
 
 IDS = ("L01", "L02", "L03", "L04", "L05", "L06", "L07", "L08", "L09", "L10", "L11", "L12", "T04", "T08", "T09")
@@ -195,6 +195,11 @@ def _look(row: Row, batch: str, where: str, known: Tokens, tokenizer: Any) -> Se
         )  # a newline before the answer is not counted
         run = [j for j in range(i, max(i - HEADER - 1, -1), -1) if all(k in ordinary for k in range(j, i + 1))]
         header.update(run if len(run) <= HEADER else ())
+    pad = known.pad
+    if pad is not None and not padding and all(row.mask) and len(ordinary) > 1:  # a batch without a mask
+        ends = [i for i in ordinary if row.ids[i] == pad and pad not in known.ends]
+        difference = replace(difference, padding=tuple(ends))
+        ordinary -= set(ends)
     last = max((span.end if span.end is not None else span.stop - 1 for span in spans), default=len(row.ids))
     tail = tuple(sorted(i for i in ordinary if i > last))
     prompt = tuple(sorted(i for i in ordinary - header if i <= last))
@@ -219,9 +224,42 @@ def _shown(row: Row, known: Tokens, tokenizer: Any) -> str:
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
+def source(evidence: Evidence) -> Evidence:
+    """Return the evidence whose batches are judged: the user's collator, else that of the trainer that he builds.
+
+    Raises:
+        NotAvailable: neither, or the trainer's data set holds no conversations.
+        UserCodeError: building the trainer raised.
+    """
+    subject = evidence.subject
+    if subject.collate is not None:
+        return evidence
+    trainer = evidence.trainer().trainer
+    rows = getattr(trainer, "train_dataset", None)
+    if rows is None or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
+        raise NotAvailable("collate, or a trainer with a data set that can be indexed")
+    chosen = [rows[i] for i in range(min(len(rows), 32))]
+    if not any(messages_of(one) for one in chosen):
+        raise NotAvailable("collate, or a trainer whose data set holds messages")
+    held = getattr(trainer, "processing_class", None)
+    return Evidence(
+        replace(
+            subject, rows=chosen, splits=None, convert=None, collate=trainer.data_collator, build_trainer=None, model=evidence.tiny().model,
+            processor=subject.processor if subject.processor is not None else held,
+            settings={**evidence.trainer().arguments, **evidence.options.flat},
+        )
+    )  # fmt: skip
+
+
 @once
 def verdict(evidence: Evidence) -> Verdict:
-    """Return what explains the labels of all batches."""
+    """Return what explains the labels of all batches.
+
+    Raises:
+        NotAvailable: there are no batches with labels and answers.
+        UserCodeError: every batch raised.
+    """
+    evidence = source(evidence)
     seen = rows_of_batches(evidence)
     alone = [one for one in seen if "+" not in one.batch and one.batch not in MADE]
     alone = list({one.where: one for one in alone}.values())
@@ -308,12 +346,14 @@ def _many(hits: Sequence[Seen], rows: Sequence[Seen]) -> str:
 
 def _masks(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding]:
     """Explain rows alone: none, shifted, other ids, then what of the answer is masked, then what else carries loss."""
-    only_answers = bool(evidence.options.get("assistant_only_loss"))
     none, share = _share(rows, lambda one: one.difference.none)
+    if none and share <= 0.5:
+        yield from _none_in_some(evidence, none, rows, place)
+        return
     if none:
-        if only_answers and share > 0.5:
+        if _only_answers(evidence):
             yield found(
-                "L12", where=evidence.options.shown("assistant_only_loss"), evidence=none[0].told(),
+                "L12", where="assistant_only_loss=True", evidence=none[0].told(),
                 cause="the template or the collator gives no mask of the assistant's turns, so nothing is left to learn",
             )  # fmt: skip
         yield found(
@@ -334,10 +374,15 @@ def _masks(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding
         return
     other, share = _share(rows, lambda one: one.difference.other)
     if other:
+        lines = f"{_many(other, rows)}: labels hold other ids than the row has at their place\n{_pairs(other[0])}"
+        if share > 0.8:
+            yield found(
+                "L04", where=place, evidence=lines,
+                cause="labels were made of a row of another length than the ids: pictures not expanded, or another prompt",
+            )  # fmt: skip
         yield found(
-            "L04" if share > 0.8 else "L05", where=place,
-            evidence=f"{_many(other, rows)}: labels hold other ids than the row has at their place\n{_pairs(other[0])}",
-            cause="labels were made from another tokenisation than the ids (pictures not expanded, prompt and answer apart)",
+            "L05", where=place, evidence=lines, certainty=1.0 if share <= 0.8 else 0.6,
+            cause="prompt and answer were tokenised apart: where they meet, other tokens come out than in the whole text",
         )  # fmt: skip
         return
     several = [one for one in rows if len(one.answers) > 1]
@@ -348,7 +393,35 @@ def _masks(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding
     told = list(_within_answers(evidence, rows, place))
     yield from told
     if not any(one.id in ("L08", "L09", "T04") for one in told):
-        yield from _beyond_answers(evidence, rows, place, only_answers=only_answers)
+        yield from _beyond_answers(evidence, rows, place)
+
+
+def _none_in_some(evidence: Evidence, none: list[Seen], rows: list[Seen], place: str) -> Iterator[Finding]:
+    """Explain rows without loss among others that have some: a mask that is shifted swallows short answers whole."""
+    others = list(_masks(evidence, [one for one in rows if not one.difference.none], place))
+    yield from others[:2]
+    if len(others) < 2:
+        yield found(
+            "L02", where=place, certainty=0.7 if others else 1.0, consequence_of=others[0].id if others else None,
+            evidence=f"{_many(none, rows)} without any token that carries loss\n{none[0].told()}",
+            cause="the answer is not found in these rows, and in the others it is",
+        )  # fmt: skip
+    if not others:
+        yield found(
+            "L05", where=place, certainty=0.9, evidence=f"{_many(none, rows)} are masked whole\n{none[0].told()}", consequence_of="L02",
+            cause="the answer is looked for by ids that were made from its text alone: in these rows it is cut into other tokens",
+        )  # fmt: skip
+
+
+def _only_answers(evidence: Evidence) -> bool:
+    """Is assistant_only_loss set, in the settings or in the arguments of the user's trainer?"""
+    value = evidence.options.get("assistant_only_loss")
+    if value is None and evidence.subject.build_trainer is not None:
+        try:
+            value = evidence.trainer().arguments.get("assistant_only_loss")
+        except (NotAvailable, UserCodeError):
+            return False
+    return bool(value)
 
 
 def _pairs(one: Seen) -> str:
@@ -468,7 +541,7 @@ def _end_names(one: Seen) -> set[str]:
     return {one.tokens.pieces(token) for token in _end_ids(one)}
 
 
-def _beyond_answers(evidence: Evidence, rows: list[Seen], place: str, *, only_answers: bool) -> Iterator[Finding]:
+def _beyond_answers(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding]:
     """Explain supervised tokens outside of answers."""
     prompt, share = _share(rows, lambda one: one.prompt)
     pictures, _ = _share(rows, lambda one: one.difference.pictures)
@@ -488,9 +561,10 @@ def _beyond_answers(evidence: Evidence, rows: list[Seen], place: str, *, only_an
                 cause="the answer is not found at its place in these rows, and in the others it is",
             )
             return
+        only_answers = _only_answers(evidence)
         if only_answers:
             yield found(
-                "L12", where=evidence.options.shown("assistant_only_loss"), evidence=lines,
+                "L12", where="assistant_only_loss=True", evidence=lines,
                 cause="the option is set and the collator that is used does not obey it",
             )  # fmt: skip
         whole = all(_first_real(one) in {*one.prompt, *one.difference.pictures} for one in prompt)
@@ -501,7 +575,9 @@ def _beyond_answers(evidence: Evidence, rows: list[Seen], place: str, *, only_an
         )  # fmt: skip
         if only_answers:
             return
-        if pictures:
+        image = evidence.image_token_id()
+        heavy = [one for one in pictures if any(one.row.ids[i] == image for i in one.difference.pictures)] if image is not None else pictures
+        if heavy:
             yield found(
                 "L03", where=place, evidence=f"{_many(pictures, rows)} with loss on picture tokens ({len(pictures[0].difference.pictures)} here)\n{pictures[0].told()}",
                 cause="picture tokens carry loss together with the prompt", certainty=1.0 if whole else 0.7,

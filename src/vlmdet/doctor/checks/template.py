@@ -246,7 +246,7 @@ def _lost_in_batch(evidence: Evidence, strings: dict[str, int]) -> Finding | Non
     return None
 
 
-@check("T04", "T08", "T09", needs=("rows|splits", "processor", "collate"))
+@check("T04", "T08", "T09", needs=("rows|splits|build_trainer", "processor|build_trainer", "collate|build_trainer"))
 def masks_by_token(evidence: Evidence) -> Outcome:
     """What the verdict on labels says of vocab_size, of padding that is the end token, and of rows that are cut."""
     yield from supervision.of_stage(evidence, "T")
