@@ -1,4 +1,5 @@
-"""A user's own training set-up, as small as it can be written: rows, a collator, and a trainer on a model that is loaded by name."""
+"""A user's own training set-up, as small as it can be written: rows, a collator, and a trainer on a model that is
+loaded by name."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Checks of what an adapter sits on and what a freeze policy leaves: target patterns, policy patterns, areas.
 
-When: as part of `checks.model`. Names are matched against the modules of the built trainer's model, else of a small model of the same
+When: as part of `checks.model`. Names are matched against the modules of the built trainer's model, else of a small
+model of the same
 architecture, whose names are those of the real one.
 """
 
@@ -54,7 +55,8 @@ def _shown(every: Sequence[Matched], most: int = 12) -> str:
 
 @check("M04", "M05", "M14", needs=("target_modules|settings|build_trainer|model",))
 def target_patterns(evidence: Evidence) -> Outcome:
-    """Match each target against the model's modules: what matches nothing, what matches other modules than linear ones of the areas meant."""
+    """Match each target against the model's modules: what matches nothing, what matches other modules than linear ones of
+    the areas meant."""
     targets, where = targets_of(evidence)
     if not targets:
         raise NotAvailable("target_modules, or a trainer whose model carries an adapter")
@@ -84,22 +86,24 @@ def target_patterns(evidence: Evidence) -> Outcome:
         )
     if carries_adapter(model_of(evidence)):
         areas |= {area for area, (some, _) in _trained(evidence).items() if some}
-    if {"vision", "language"} <= areas and "merger" not in areas and not dead:
-        if any(area_of(name) == "merger" and kind_of_module(one) in ADAPTED for name, one in modules.items()):
-            kinds = sorted(
-                {
-                    re.sub(r"\.\d+(?=\.|$)", ".N", n)
-                    for n, one in modules.items()
-                    if area_of(n) == "merger" and kind_of_module(one) in ADAPTED
-                }
-            )
-            yield found(
-                "M14", where=where, evidence=f"{_shown(every)}\nlayers of the merger, none of them adapted: {', '.join(kinds[:4])}",
-                cause="vision and language are adapted, and the projector between them is in no pattern and stays as it was",
-            )  # fmt: skip
-            return
+    kinds = _merger_layers(modules)
+    if {"vision", "language"} <= areas and "merger" not in areas and not dead and kinds:
+        yield found(
+            "M14",
+            where=where,
+            evidence=f"{_shown(every)}\nlayers of the merger, none of them adapted: {', '.join(kinds[:4])}",
+            cause="vision and language are adapted, and the projector between them is in no pattern and "
+            "stays as it was",
+        )
+        return
     if not dead:
         yield looked("M14", f"areas adapted: {', '.join(area for area in AREAS if area in areas) or 'none'}")
+
+
+def _merger_layers(modules: dict[str, Any]) -> list[str]:
+    """Return the kinds of layers that an adapter may sit on in the projector."""
+    names = [name for name, one in modules.items() if area_of(name) == "merger" and kind_of_module(one) in ADAPTED]
+    return sorted({re.sub(r"\.\d+(?=\.|$)", ".N", name) for name in names})
 
 
 def _trained(evidence: Evidence) -> dict[str, tuple[int, int]]:
@@ -125,7 +129,10 @@ def _nothing_matched(
     if expressions:
         one = expressions[0]
         would = [name for name in names if _searches(one.entry, name)]
-        cause = f"PEFT compares each entry of a list with the end of a name, letter by letter; {one.entry!r} is an expression and equals none"
+        cause = (
+            f"PEFT compares each entry of a list with the end of a name, letter by letter; {one.entry!r} "
+            "is an expression and equals none"
+        )
         if would:
             like = f"\nas one expression it would match {len(would)} modules, such as {would[0]}"
         severity = 4
@@ -170,9 +177,11 @@ def _not_meant(evidence: Evidence, every: list[Matched], modules: dict[str, Any]
     if odd:
         listed = "\n".join(f"{kind}: {len(names)}, such as {names[0]}" for kind, names in sorted(odd.items()))
         yield found(
-            "M05", where=where, evidence=f"{_shown(every)}\nmatched modules that are no linear layers:\n{listed}",
+            "M05",
+            where=where,
+            evidence=f"{_shown(every)}\nmatched modules that are no linear layers:\n{listed}",
             cause="the pattern is too broad: it fits convolutions, containers or activations beside the linear layers",
-        )  # fmt: skip
+        )
         return
     frozen = {area: option for area, train, option in wishes(evidence) if not train}
     hit = Counter(area for one in every for area in one.counts if area in frozen)
@@ -180,10 +189,12 @@ def _not_meant(evidence: Evidence, every: list[Matched], modules: dict[str, Any]
         area = hit.most_common(1)[0][0]
         names = [name for one in every for name in one.names if area_of(name) == area]
         yield found(
-            "M05", where=where,
-            evidence=f"{_shown(every)}\n{frozen[area]}, and {len(names)} modules of the area {area} are matched, such as {names[0]}",
+            "M05",
+            where=where,
+            evidence=f"{_shown(every)}\n{frozen[area]}, and {len(names)} modules of the area {area} are "
+            f"matched, such as {names[0]}",
             cause=f"a short ending fits layers of the {area} too, which was to stay frozen",
-        )  # fmt: skip
+        )
         return
     beside = [one for one in every if one.listed and "." not in one.entry and {"language", "vision"} <= set(one.counts)]
     attention = [
@@ -196,10 +207,14 @@ def _not_meant(evidence: Evidence, every: list[Matched], modules: dict[str, Any]
     if beside and not attention and not wanted:
         names = [name for one in beside for name in one.names if area_of(name) == "vision"]
         yield found(
-            "M05", where=where, severity=2, certainty=0.8,
+            "M05",
+            where=where,
+            severity=2,
+            certainty=0.8,
             evidence=f"{_shown(every)}\nalso in the vision tower, though not its attention: {', '.join(names[:3])}",
-            cause="these endings are those of the language model's MLP, and the vision blocks of this family have layers of the same name",
-        )  # fmt: skip
+            cause="these endings are those of the language model's MLP, and the vision blocks of this family "
+            "have layers of the same name",
+        )
 
 
 def _is_linear(module: Any) -> bool:
@@ -219,9 +234,12 @@ def _areas_meant(evidence: Evidence, areas: set[str], where: str) -> Outcome:
         ):
             identifier = "M14" if area == "merger" else "M04"
             yield found(
-                identifier, where=where, evidence=f"{option}; areas with matched modules: {', '.join(sorted(areas)) or 'none'}",
-                cause=f"no target lies in the area {area}, so the option has no effect", certainty=0.9,
-            )  # fmt: skip
+                identifier,
+                where=where,
+                evidence=f"{option}; areas with matched modules: {', '.join(sorted(areas)) or 'none'}",
+                cause=f"no target lies in the area {area}, so the option has no effect",
+                certainty=0.9,
+            )
             return
 
 
@@ -250,8 +268,10 @@ def freeze_policy(evidence: Evidence) -> Outcome:
         prefix = "prefix" in option or pattern.endswith(".")
         strict = [name for name in names if name.startswith(pattern)]
         loose = [name for name in names if pattern in name or _searches(pattern, name) or _globs(pattern, name)]
-        lines.append(f"{option} {pattern!r}: {len(strict or loose)} of {len(names)} parameters" + (
-            f" begin with it, {len(loose)} hold it" if prefix and not strict else ""))  # fmt: skip
+        lines.append(
+            f"{option} {pattern!r}: {len(strict or loose)} of {len(names)} parameters"
+            + (f" begin with it, {len(loose)} hold it" if prefix and not strict else "")
+        )
         if live and freezes and not loose and not _trained(evidence).get(area_of(pattern), (1, 1))[0]:
             continue  # a name of the area in the user's own words, and the area is frozen
         if (
@@ -267,10 +287,14 @@ def freeze_policy(evidence: Evidence) -> Outcome:
         option, pattern, certainty = max(dead, key=lambda one: one[2])
         like = near(pattern, names)
         yield found(
-            "M06", where=f"settings: {option}", certainty=certainty, severity=3 if certainty == 1 else 2,
+            "M06",
+            where=f"settings: {option}",
+            certainty=certainty,
+            severity=3 if certainty == 1 else 2,
             evidence=shown + (f"\nparameters that are named like it: {', '.join(like)}" if like else ""),
-            cause=f"no parameter's name fits {pattern!r} as the policy reads it: names changed with a release of the library or the family",
-        )  # fmt: skip
+            cause=f"no parameter's name fits {pattern!r} as the policy reads it: names changed with a release "
+            "of the library or the family",
+        )
         return
     if live and trainer_of(evidence) is not None:
         trained = _trained(evidence)
@@ -286,15 +310,21 @@ def freeze_policy(evidence: Evidence) -> Outcome:
                 )
             ):
                 yield found(
-                    "M06", where="build_trainer", evidence=f"{option}, and after the trainer is built: {told(trained)}",
-                    cause=f"the code that freezes the area {area} finds no parameter of it by the name that it looks for",
-                )  # fmt: skip
+                    "M06",
+                    where="build_trainer",
+                    evidence=f"{option}, and after the trainer is built: {told(trained)}",
+                    cause=f"the code that freezes the area {area} finds no parameter of it by the name that "
+                    "it looks for",
+                )
                 return
             if train and total and not some and uses_adapter(evidence) is False:
                 yield found(
-                    "M06", where="build_trainer", evidence=f"{option}, and after the trainer is built: {told(trained)}",
-                    cause=f"the code that lets the area {area} train finds no parameter of it by the name that it looks for",
-                )  # fmt: skip
+                    "M06",
+                    where="build_trainer",
+                    evidence=f"{option}, and after the trainer is built: {told(trained)}",
+                    cause=f"the code that lets the area {area} train finds no parameter of it by the name "
+                    "that it looks for",
+                )
                 return
         if not carries_adapter(model) and all(one.requires_grad for one in model.parameters()):
             from vlmdet.doctor.live.renamed import frozen_under_other_names
@@ -305,9 +335,12 @@ def freeze_policy(evidence: Evidence) -> Outcome:
                 yield found(
                     "M06",
                     where="build_trainer",
-                    evidence=f"after the trainer is built everything trains: {told(trained)}\nwith names {meant[0]} the same code freezes "
-                    f"{len(meant[1])} of {len(names)} parameters, in {', '.join(areas)}; today they are called {', '.join(meant[1][:2])}",
-                    cause="the code that freezes looks for names that this model's parameters no longer have, and finds none",
+                    evidence=f"after the trainer is built everything trains: {told(trained)}\nwith names "
+                    f"{meant[0]} the same code freezes "
+                    f"{len(meant[1])} of {len(names)} parameters, in {', '.join(areas)}; today they are "
+                    f"called {', '.join(meant[1][:2])}",
+                    cause="the code that freezes looks for names that this model's parameters no longer have, "
+                    "and finds none",
                 )
                 return
         shown = "; ".join(one for one in (shown, told(trained)) if one)

@@ -1,6 +1,8 @@
-"""What the checks of model and optimisation ask of a subject: its module names, its adapter, what of it trains, what it was loaded with.
+"""What the checks of model and optimisation ask of a subject: its module names, its adapter, what of it trains, what it
+was loaded with.
 
-When: shared by `checks.model`, `checks.steps` and `checks.optimisation`. A trainer that was built comes before a model that was passed, and that
+When: shared by `checks.model`, `checks.steps` and `checks.optimisation`. A trainer that was built comes before a model
+that was passed, and that
 before a small one of the architecture. What fails for the user's own code is told by the check that asks for it first.
 """
 
@@ -152,8 +154,16 @@ def wishes(evidence: Evidence) -> Iterator[tuple[str, bool, str]]:
                 shown = f"{evidence.options.names.get(key, key)}={value!r}"
                 if value and key in (f"freeze_{name}", f"{name}_frozen", f"frozen_{name}"):
                     yield area, False, shown
-                elif key in (f"train_{name}", f"tune_{name}", f"finetune_{name}", f"unfreeze_{name}", f"lora_{name}",
-                             f"{name}_lora", f"adapt_{name}", f"lora_on_{name}"):  # fmt: skip
+                elif key in (
+                    f"train_{name}",
+                    f"tune_{name}",
+                    f"finetune_{name}",
+                    f"unfreeze_{name}",
+                    f"lora_{name}",
+                    f"{name}_lora",
+                    f"adapt_{name}",
+                    f"lora_on_{name}",
+                ):
                     yield area, value, shown
 
 

@@ -1,6 +1,7 @@
 """Checks of the stage model: what trains once the trainer is built, on which model, and in which precision its parts lie.
 
-When: CHECK BEFORE TRAINING. The user's trainer is built on a small random model of his architecture; without a trainer a model that was passed is
+When: CHECK BEFORE TRAINING. The user's trainer is built on a small random model of his architecture; without a trainer
+a model that was passed is
 looked at. Target and freeze patterns are in `adapters`, three steps in `steps`, saved adapters in `saved_adapters`.
 """
 
@@ -66,14 +67,20 @@ def after_building(evidence: Evidence) -> Outcome:
     if trainable == 0 and built is not None:
         again = [one for one in built.warnings if "requires_grad" in one or "no trainable" in one.lower()][:1]
         yield found(
-            "M01", where=where, evidence="\n".join([f"after the trainer is built 0 parameters are trainable; {shown}", *again]),
-            cause="a freeze policy that covers everything, or a second preparation of the model, undid what was to train",
-        )  # fmt: skip
+            "M01",
+            where=where,
+            evidence="\n".join([f"after the trainer is built 0 parameters are trainable; {shown}", *again]),
+            cause="a freeze policy that covers everything, or a second preparation of the model, undid what "
+            "was to train",
+        )
     elif trainable == 0 and evidence.subject.build_trainer is None and carries_adapter(model):
         yield found(
-            "M01", where=where, evidence=f"no parameter is trainable; {shown}", certainty=0.9,
+            "M01",
+            where=where,
+            evidence=f"no parameter is trainable; {shown}",
+            certainty=0.9,
             cause="the adapter was loaded for inference (is_trainable=False), or frozen after it was made",
-        )  # fmt: skip
+        )
     elif trainable or built is not None:
         yield looked("M01", shown)
     else:
@@ -93,12 +100,17 @@ def _known_release(evidence: Evidence) -> Outcome:
     passed = options.get("peft_config")
     if quantised and wrapped and not passed:
         yield found(
-            "M01", where=f"trl {version}", certainty=1.0 if given else 0.85,
-            evidence=f"trl {version}; the base is quantised (4 or 8 bits), and the trainer gets a model that carries its adapter already, "
+            "M01",
+            where=f"trl {version}",
+            certainty=1.0 if given else 0.85,
+            evidence=f"trl {version}; the base is quantised (4 or 8 bits), and the trainer gets a model that "
+            "carries its adapter already, "
             "without peft_config",
-            cause=f"SFTTrainer of trl {version} prepares a quantised model a second time, which sets requires_grad=False on the adapter too",
-            fix="Update trl to 0.23.1 or later, or pass the plain base with peft_config and let the trainer make the adapter",
-        )  # fmt: skip
+            cause=f"SFTTrainer of trl {version} prepares a quantised model a second time, which sets "
+            "requires_grad=False on the adapter too",
+            fix="Update trl to 0.23.1 or later, or pass the plain base with peft_config and let the trainer "
+            "make the adapter",
+        )
 
 
 def _bits(evidence: Evidence) -> bool:
@@ -121,7 +133,8 @@ def _another_model(evidence: Evidence) -> tuple[str, str, float] | None:
             return None
         return (
             f"the trainer's model is a {type(model).__name__} that holds layers of LoRA and is no PeftModel",
-            "the model beneath the PeftModel was passed, not what get_peft_model returned: whole weights are saved, under names of PEFT",
+            "the model beneath the PeftModel was passed, not what get_peft_model returned: whole weights are "
+            "saved, under names of PEFT",
             1.0,
         )
     if adapter_configs(model):
@@ -130,7 +143,8 @@ def _another_model(evidence: Evidence) -> tuple[str, str, float] | None:
     if adapted:
         names = ", ".join(f"{i + 1}. {name}" for i, (name, _, _) in enumerate(built.loads.models))
         return (
-            f"models loaded, in order: {names}; number {adapted[0] + 1} got the adapter, and the trainer's model carries none",
+            f"models loaded, in order: {names}; number {adapted[0] + 1} got the adapter, and the trainer's "
+            "model carries none",
             "the model was loaded again after get_peft_model, or the plain one was passed",
             1.0,
         )
@@ -169,11 +183,15 @@ def _earlier_adapter(evidence: Evidence, model: Any, where: str) -> Outcome:
         name for name, _ in model.named_parameters() if name.count("base_model.model.") > 1 or name.count("lora_") > 1
     ]
     if len(names) > 1 or again or nested:
+        shown = f"adapters in the model: {', '.join(sorted(names))}" + (
+            f"; wrapped twice: {nested[0]}" if nested else ""
+        )
         yield found(
-            "M03", where=where,
-            evidence="\n".join([f"adapters in the model: {', '.join(sorted(names))}" + (f"; wrapped twice: {nested[0]}" if nested else ""), *again[:1]]),
+            "M03",
+            where=where,
+            evidence="\n".join([shown, *again[:1]]),
             cause="get_peft_model was called on a model that had an adapter of an earlier run",
-        )  # fmt: skip
+        )
         return
     norms = built.started if built is not None else {}
     begun = {name: norm for name, norm in norms.items() if norm > 0}
@@ -184,10 +202,12 @@ def _earlier_adapter(evidence: Evidence, model: Any, where: str) -> Outcome:
     if begun and known and not loaded:
         name = max(begun, key=lambda one: begun[one])
         yield found(
-            "M03", where=where,
-            evidence=f"{len(begun)} of {len(norms)} LoRA B are not 0 before the first step: {plain_name(name)} has norm {begun[name]:.3g}",
+            "M03",
+            where=where,
+            evidence=f"{len(begun)} of {len(norms)} LoRA B are not 0 before the first step: "
+            f"{plain_name(name)} has norm {begun[name]:.3g}",
             cause="the model object was trained before: its adapter goes on where an earlier trainer left it",
-        )  # fmt: skip
+        )
         return
     yield looked(
         "M03", f"one adapter ({', '.join(sorted(names))}), {len(norms) - len(begun)} of {len(norms)} LoRA B begin at 0"
@@ -216,8 +236,10 @@ def quantised_vision(evidence: Evidence) -> Outcome:
         config = next((one for one in configs if one is not None), None)
         config = config if config is not None else options.get("quantization_config")
         values = config if isinstance(config, dict) else vars(config) if hasattr(config, "__dict__") else {}
-        bits = any(values.get(name) or values.get(f"_{name}") or options.get(name) or any(one.get(name) for one in asked)
-                   for name in ("load_in_4bit", "load_in_8bit"))  # fmt: skip
+        bits = any(
+            values.get(name) or values.get(f"_{name}") or options.get(name) or any(one.get(name) for one in asked)
+            for name in ("load_in_4bit", "load_in_8bit")
+        )
         if not bits:
             if model is None and not options:
                 raise NotAvailable("a model, or settings")
@@ -238,11 +260,14 @@ def quantised_vision(evidence: Evidence) -> Outcome:
     kinds = sorted({re.sub(r"\.\d+(?=\.|$)", ".N", name) for name in seeing})
     left = f"; llm_int8_skip_modules={list(skip)!r} leaves none of them out" if skip else ""
     yield found(
-        "M07", where=where, certainty=sure,
+        "M07",
+        where=where,
+        certainty=sure,
         evidence=f"{len(seeing)} of {len(held)} quantised layers see the picture: {', '.join(kinds[:6])}{left}",
         cause="every linear layer but the head is quantised unless it is named",
-        fix='llm_int8_skip_modules=[".*visual", "lm_head"]: names are matched from their start, so "visual" alone leaves out nothing of model.visual',
-    )  # fmt: skip
+        fix='llm_int8_skip_modules=[".*visual", "lm_head"]: names are matched from their start, so "visual" '
+        "alone leaves out nothing of model.visual",
+    )
 
 
 def _in_bits(module: Any) -> bool:
@@ -294,11 +319,21 @@ def several_devices(evidence: Evidence) -> Outcome:
         getattr(getattr(built, "trainer", None), "model_wrapped", None), nn.DataParallel
     )
     if wrapped:
-        yield found("M09", where="model", evidence=f"the trainer's model is a DataParallel{'; ' + shown if shown else ''}",
-                    cause="one process copies the model to every visible GPU at each step")  # fmt: skip
+        yield found(
+            "M09",
+            where="model",
+            evidence=f"the trainer's model is a DataParallel{'; ' + shown if shown else ''}",
+            cause="one process copies the model to every visible GPU at each step",
+        )
     elif (world or 1) > 1 and spread and not isinstance(where_map, dict):
-        yield found("M09", where="settings", evidence=shown, certainty=0.9,
-                    cause="each process spreads the model over all GPUs, which the others use too", fix='device_map={"": local_rank}, or one process')  # fmt: skip
+        yield found(
+            "M09",
+            where="settings",
+            evidence=shown,
+            certainty=0.9,
+            cause="each process spreads the model over all GPUs, which the others use too",
+            fix='device_map={"": local_rank}, or one process',
+        )
     elif (
         devices
         and devices > 1
@@ -307,10 +342,13 @@ def several_devices(evidence: Evidence) -> Outcome:
         and not any(one in launcher for one in ("torchrun", "accelerate", "deepspeed"))
     ):
         yield found(
-            "M09", where="settings", evidence=f"{shown}: {devices:.0f} GPUs are visible to {world or 1:.0f} process",
-            cause="transformers wraps the model in DataParallel where one process sees several GPUs: batches are larger and steps fewer than planned",
+            "M09",
+            where="settings",
+            evidence=f"{shown}: {devices:.0f} GPUs are visible to {world or 1:.0f} process",
+            cause="transformers wraps the model in DataParallel where one process sees several GPUs: batches "
+            "are larger and steps fewer than planned",
             certainty=1.0 if world is not None else 0.7,
-        )  # fmt: skip
+        )
     elif devices is None and world is None and where_map is None:
         yield skipped("M09", "num_gpus and world_size in the settings")
     else:
@@ -327,8 +365,11 @@ def new_tokens(evidence: Evidence) -> Outcome:
     holders = [getattr(built.trainer, "processing_class", None) if built is not None else None, subject.processor]
     processor = next((one for one in holders if one is not None), None)
     tokenizer = getattr(processor, "tokenizer", processor)
-    asked = [str(one) for name in ("new_tokens", "added_tokens", "extra_tokens", "new_special_tokens")
-             for one in _listed(options.get(name))]  # fmt: skip
+    asked = [
+        str(one)
+        for name in ("new_tokens", "added_tokens", "extra_tokens", "new_special_tokens")
+        for one in _listed(options.get(name))
+    ]
     if model is None or tokenizer is None or not hasattr(tokenizer, "__len__"):
         if not asked:
             raise NotAvailable("a model or trainer, with a processor")
@@ -346,9 +387,11 @@ def new_tokens(evidence: Evidence) -> Outcome:
     if size > rows:
         over = sorted(word for word, number in tokenizer.get_vocab().items() if number >= rows)[:6]
         yield found(
-            "T05", where="model", evidence=f"the tokenizer has {size:,} tokens, the embeddings {rows:,} rows; without a row: {', '.join(map(repr, over))}",
+            "T05",
+            where="model",
+            evidence=f"the tokenizer has {size:,} tokens, the embeddings {rows:,} rows; without a row: {', '.join(map(repr, over))}",
             cause="tokens were added and the embeddings were not resized (or resized on another object)",
-        )  # fmt: skip
+        )
         return
     base = getattr(subject.processor, "tokenizer", subject.processor)
     known = set(base.get_vocab()) if built is not None and base is not None and hasattr(base, "get_vocab") else None
@@ -379,8 +422,13 @@ def _told_new(evidence: Evidence, new: list[str], where: str, certainty: float) 
     if rows or trains or any(area_of(one) == "embeddings" for one in saved):
         yield looked("T05", shown)
         return
-    yield found("T05", where=where, evidence=f"{shown}; the embeddings do not train", certainty=certainty,
-                cause="the adapter trains other layers only: rows of new tokens stay random, and are not saved with it")  # fmt: skip
+    yield found(
+        "T05",
+        where=where,
+        evidence=f"{shown}; the embeddings do not train",
+        certainty=certainty,
+        cause="the adapter trains other layers only: rows of new tokens stay random, and are not saved with it",
+    )
 
 
 def _listed(value: Any) -> list[Any]:

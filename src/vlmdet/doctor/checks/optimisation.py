@@ -1,6 +1,7 @@
 """Checks of the stage optimisation: rates, precision, accumulation, checkpoints, schedule, the loss of evaluation.
 
-When: CHECK BEFORE TRAINING, from settings, from the arguments of the trainer that was built, and from a few passes of it. Logs of finished runs
+When: CHECK BEFORE TRAINING, from settings, from the arguments of the trainer that was built, and from a few passes of
+it. Logs of finished runs
 are read in `run_logs`, chains of stages in `saved_adapters`.
 """
 
@@ -76,11 +77,23 @@ def learning_rate(evidence: Evidence) -> Outcome:
         shown += f", vision {vision:g}"
     rows, epochs = rows_of_training(evidence), _number(evidence, "num_train_epochs", 0) or 0
     if verdict is not None:
-        yield found(verdict.id, where="settings" if evidence.options.key("learning_rate") else "training arguments", evidence=shown,
-                    cause=verdict.cause, severity=verdict.severity, certainty=verdict.certainty)  # fmt: skip
+        yield found(
+            verdict.id,
+            where="settings" if evidence.options.key("learning_rate") else "training arguments",
+            evidence=shown,
+            cause=verdict.cause,
+            severity=verdict.severity,
+            certainty=verdict.certainty,
+        )
     elif adapter is False and evidence.options.number("num_samples") and rows and rows <= 500 and epochs >= 10:
-        yield found("O02", where="settings", evidence=f"{shown}; {rows} rows, {epochs:g} epochs", severity=2, certainty=0.7,
-                    cause="whole weights see few rows very often and learn them by heart")  # fmt: skip
+        yield found(
+            "O02",
+            where="settings",
+            evidence=f"{shown}; {rows} rows, {epochs:g} epochs",
+            severity=2,
+            certainty=0.7,
+            cause="whole weights see few rows very often and learn them by heart",
+        )
     else:
         yield looked("O01", shown)
         yield looked("O02", shown)
@@ -112,10 +125,12 @@ def half_precision(evidence: Evidence) -> Outcome:
     saved = _saved_dtype(evidence)
     if asked and (saved == "bfloat16" or (saved is None and family in BF16)):
         yield found(
-            "O03", where="settings" if options.flat else "training arguments", certainty=0.9,
+            "O03",
+            where="settings" if options.flat else "training arguments",
+            certainty=0.9,
             evidence=f"{', '.join(dict.fromkeys(asked))}; the checkpoint ({family or 'config.json'}) is in bfloat16",
             cause="float16 ends at 65,504: activations of a model that was trained in bfloat16 go over it",
-        )  # fmt: skip
+        )
         return
     if built is not None and built.trainable:
         steps = evidence.steps()
@@ -123,10 +138,12 @@ def half_precision(evidence: Evidence) -> Outcome:
         grads = [name for name, norm in steps.gradients.items() if norm is not None and not math.isfinite(norm)]
         if (wrong or grads) and _supervised(evidence, built):
             yield found(
-                "O03", where=place_of(subject.build_trainer), cause="an operation of the model or of the loss gives no finite number on this batch",
-                evidence=f"losses of three steps: {', '.join(f'{loss:g}' for loss in steps.losses)}; gradients that are not finite: {len(grads)}"
-                + (f", such as {grads[0]}" if grads else ""),
-            )  # fmt: skip
+                "O03",
+                where=place_of(subject.build_trainer),
+                cause="an operation of the model or of the loss gives no finite number on this batch",
+                evidence=f"losses of three steps: {', '.join(f'{loss:g}' for loss in steps.losses)}; "
+                f"gradients that are not finite: {len(grads)}" + (f", such as {grads[0]}" if grads else ""),
+            )
             return
         yield looked("O03", f"losses of three steps: {', '.join(f'{loss:.4f}' for loss in steps.losses)}")
         return
@@ -182,17 +199,29 @@ def loss_and_accumulation(evidence: Evidence) -> Outcome:
     tokens = sum(count for _, count in losses.single)
     weighted = sum(loss * count for loss, count in losses.single) / tokens
     even = sum(loss for loss, _ in losses.single) / len(losses.single)
-    shown = f"{len(losses.single)} rows in one batch: {losses.whole:.4f}; one by one, accumulated: {losses.accumulated:.4f}; "
-    shown += f"rows alone: {', '.join(f'{loss:.4f} ({count} tokens)' for loss, count in losses.single)}; mean weighted by tokens {weighted:.4f}"
+    shown = (
+        f"{len(losses.single)} rows in one batch: {losses.whole:.4f}; one by one, accumulated: "
+        f"{losses.accumulated:.4f}; "
+    )
+    shown += (
+        f"rows alone: {', '.join(f'{loss:.4f} ({count} tokens)' for loss, count in losses.single)}; mean "
+        f"weighted by tokens {weighted:.4f}"
+    )
     gap = abs(losses.whole - losses.accumulated) / max(abs(losses.whole), 1e-6)
     spread = max(loss for loss, _ in losses.single) - min(loss for loss, _ in losses.single)
     if gap < max(2e-3, 1e-6) or (spread < 1e-3 and gap < 1e-2):
         yield looked("O04", shown)
         return
     if losses.accumulated > 2 * losses.whole:
-        cause = "the loss is a mean already and is not divided by the number of micro batches: num_items_in_batch is taken and not used"
+        cause = (
+            "the loss is a mean already and is not divided by the number of micro batches: "
+            "num_items_in_batch is taken and not used"
+        )
     elif abs(losses.accumulated - even) < abs(losses.accumulated - weighted):
-        cause = "each micro batch is averaged by itself, so short answers weigh more than long ones; num_items_in_batch is not used"
+        cause = (
+            "each micro batch is averaged by itself, so short answers weigh more than long ones; "
+            "num_items_in_batch is not used"
+        )
     else:
         cause = "the loss is not a mean over tokens of all micro batches"
     yield found("O04", where=place_of(evidence.subject.build_trainer), evidence=shown, cause=cause)
@@ -224,14 +253,29 @@ def best_checkpoint(evidence: Evidence) -> Outcome:
         save_strategy=_word(values["save_strategy"]),
         eval_strategy=_word(values["eval_strategy"]),
     )
-    shown = ", ".join(f"{name}={argument(evidence, name)!r}" for name in (
-        "save_steps", "eval_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    ) if argument(evidence, name) is not None)  # fmt: skip
+    shown = ", ".join(
+        f"{name}={argument(evidence, name)!r}"
+        for name in (
+            "save_steps",
+            "eval_steps",
+            "save_total_limit",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "greater_is_better",
+        )
+        if argument(evidence, name) is not None
+    )
     steps = plan(evidence)
     shown += f"; {steps} steps planned" if steps else ""
     for verdict in verdicts[:1]:
-        yield found("O05", where="settings" if own.flat else "training arguments", evidence=shown, cause="; ".join(one.cause for one in verdicts),
-                    severity=verdict.severity, certainty=verdict.certainty)  # fmt: skip
+        yield found(
+            "O05",
+            where="settings" if own.flat else "training arguments",
+            evidence=shown,
+            cause="; ".join(one.cause for one in verdicts),
+            severity=verdict.severity,
+            certainty=verdict.certainty,
+        )
     if not verdicts:
         yield looked("O05", shown)
 
@@ -242,18 +286,27 @@ def _word(value: Any) -> str | None:
 
 @check("O06", "O11", needs=("settings|build_trainer",))
 def schedule(evidence: Evidence) -> Outcome:
-    """Compare the warm-up with the planned steps, a schedule of the user's own with them, and planned figures with what follows from the settings."""
+    """Compare the warm-up with the planned steps, a schedule of the user's own with them, and planned figures with what
+    follows from the settings."""
     steps = plan(evidence)
     ratio = _number(evidence, "warmup_ratio")
     share = judge_warmup(steps=steps, warmup=_number(evidence, "warmup_steps"), ratio=ratio)
     own = _own_schedule(evidence, steps)
     if share is not None and share[0] > 0.2:
-        yield found("O06", where="settings" if evidence.options.flat else "training arguments",
-                    evidence=f"{share[1]}: the rate rises for {min(share[0], 1):.0%} of the run", certainty=1.0 if share[0] > 0.25 else 0.8,
-                    cause="the warm-up is longer than a short run bears, or was reckoned for more steps")  # fmt: skip
+        yield found(
+            "O06",
+            where="settings" if evidence.options.flat else "training arguments",
+            evidence=f"{share[1]}: the rate rises for {min(share[0], 1):.0%} of the run",
+            certainty=1.0 if share[0] > 0.25 else 0.8,
+            cause="the warm-up is longer than a short run bears, or was reckoned for more steps",
+        )
     elif own:
-        yield found("O06", where=place_of(evidence.subject.build_trainer) if evidence.subject.build_trainer else "settings", evidence=own,
-                    cause="the schedule was made for another number of steps than the run has")  # fmt: skip
+        yield found(
+            "O06",
+            where=place_of(evidence.subject.build_trainer) if evidence.subject.build_trainer else "settings",
+            evidence=own,
+            cause="the schedule was made for another number of steps than the run has",
+        )
     elif share is None:
         yield skipped("O06", "warmup_steps with the number of rows and batch, or warmup_ratio")
     else:
@@ -263,8 +316,14 @@ def schedule(evidence: Evidence) -> Outcome:
 
 def _own_schedule(evidence: Evidence, steps: int | None) -> str:
     """Return how a schedule of the user's own, or one whose length he sets, does not fit the planned steps."""
-    length = next((evidence.options.number(name) for name in ("num_training_steps", "scheduler_steps", "lr_scheduler_steps", "t_max")
-                   if evidence.options.number(name)), None)  # fmt: skip
+    length = next(
+        (
+            evidence.options.number(name)
+            for name in ("num_training_steps", "scheduler_steps", "lr_scheduler_steps", "t_max")
+            if evidence.options.number(name)
+        ),
+        None,
+    )
     if length and steps and not 0.75 <= length / steps <= 1.34:
         return f"the schedule is {length:.0f} steps long, {steps} steps are planned"
     built = trainer_of(evidence)
@@ -309,11 +368,22 @@ def _as_planned(evidence: Evidence, steps: int | None) -> Outcome:
         None,
     )
     if wanted and steps and options.number("max_steps") is None and abs(wanted - steps) > max(1, 0.05 * steps):
-        yield found("O11", where="settings", evidence=f"{wanted:.0f} steps are expected, {steps} follow from rows, batch, accumulation, processes and epochs",
-                    cause="the batch is shared among another number of processes, or accumulated otherwise, than was believed")  # fmt: skip
+        yield found(
+            "O11",
+            where="settings",
+            evidence=f"{wanted:.0f} steps are expected, {steps} follow from "
+            "rows, batch, accumulation, processes and epochs",
+            cause="the batch is shared among another number of processes, or accumulated otherwise, than was believed",
+        )
     elif total and batch and total != batch * accumulated * world:
-        yield found("O11", where="settings", evidence=f"a batch of {total:.0f} is expected; {batch:.0f} x {accumulated:.0f} accumulated x {world:.0f} processes is "
-                    f"{batch * accumulated * world:.0f}", cause="GPUs that share one model count as one process")  # fmt: skip
+        yield found(
+            "O11",
+            where="settings",
+            evidence=f"a batch of {total:.0f} is expected; {batch:.0f} x "
+            f"{accumulated:.0f} accumulated x {world:.0f} processes is "
+            f"{batch * accumulated * world:.0f}",
+            cause="GPUs that share one model count as one process",
+        )
     elif steps and (wanted or total):
         yield looked("O11", f"{steps} steps, as planned")
     else:
@@ -345,8 +415,15 @@ def evaluation_loss(evidence: Evidence) -> Outcome:
     loss, names, keys = probes.evaluation_loss(evidence, built)
     shown = f"one step of evaluation: loss {loss}, label_names={list(names)}, the batch has {', '.join(keys)}"
     if loss is None and (built.trainer.eval_dataset is not None or strategy != "no"):
-        cause = "the batch has no labels" if "labels" not in keys else (
-            "none of the label names is in the batch" if names and not set(names) & set(keys) else "the trainer does not find the labels beneath the adapter")  # fmt: skip
+        cause = (
+            "the batch has no labels"
+            if "labels" not in keys
+            else (
+                "none of the label names is in the batch"
+                if names and not set(names) & set(keys)
+                else "the trainer does not find the labels beneath the adapter"
+            )
+        )
         yield found("O07", where=place_of(evidence.subject.build_trainer), evidence=shown, cause=cause)
         return
     known = ("loss", "eval_loss", "runtime", "mean_token_accuracy", "entropy", "num_tokens")
@@ -357,25 +434,38 @@ def evaluation_loss(evidence: Evidence) -> Outcome:
         and not bare.endswith(known)
         and type(built.trainer).evaluate.__module__.split(".")[0] in ("transformers", "trl")
     ):
-        yield found("O07", where="training arguments", evidence=f"metric_for_best_model={metric!r}, and the trainer has no compute_metrics",
-                    cause="no figure of that name is ever made")  # fmt: skip
+        yield found(
+            "O07",
+            where="training arguments",
+            evidence=f"metric_for_best_model={metric!r}, and the trainer has no compute_metrics",
+            cause="no figure of that name is ever made",
+        )
         return
     yield looked("O07", shown)
 
 
 @check("L11", needs=("rows|splits", "convert", "collate", "processor"))
 def one_row_by_heart(evidence: Evidence) -> Outcome:
-    """Let a small model learn one row by heart and write it: a loss near 0 that leads to another answer has labels at the wrong place."""
+    """Let a small model learn one row by heart and write it: a loss near 0 that leads to another answer has labels at the
+    wrong place."""
     learnt = evidence.overfit()
-    shown = f"{learnt.where}: loss {learnt.losses[0]:.3f} to {learnt.losses[-1]:.3f} in {len(learnt.losses)} steps\nanswer   {learnt.target!r}\nwritten  {learnt.written!r}"
+    shown = (
+        f"{learnt.where}: loss {learnt.losses[0]:.3f} to {learnt.losses[-1]:.3f} in {len(learnt.losses)} "
+        f"steps\nanswer   {learnt.target!r}\nwritten  {learnt.written!r}"
+    )
     if not learnt.learnt:
         yield skipped(
             "L11",
             f"a small model that learns one row; its loss went from {learnt.losses[0]:.3f} to {learnt.losses[-1]:.3f}",
         )
     elif _alike(learnt.written, learnt.target) < 0.75:
-        yield found("L11", where=learnt.where, evidence=shown, cause="the labels do not lead to the answer: they are shifted, or not those of the answer",
-                    certainty=0.8)  # fmt: skip
+        yield found(
+            "L11",
+            where=learnt.where,
+            evidence=shown,
+            cause="the labels do not lead to the answer: they are shifted, or not those of the answer",
+            certainty=0.8,
+        )
     else:
         yield looked("L11", shown.replace("\n", "; "))
 

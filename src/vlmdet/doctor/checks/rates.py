@@ -1,6 +1,7 @@
 """Rules of learning rates, budgets, schedules and checkpoints, on plain numbers.
 
-When: for checks of settings. Figures are those of published recipes: LoRA trains at 1e-5 to 5e-4, whole weights at 1e-6 to 5e-5. Adam moves a weight
+When: for checks of settings. Figures are those of published recipes: LoRA trains at 1e-5 to 5e-4, whole weights at 1e-6
+to 5e-5. Adam moves a weight
 by about the rate in each step, whatever the gradient, so rate times steps bounds how far a weight can go.
 """
 
@@ -75,7 +76,8 @@ def judge_saving(
 ) -> list[Verdict]:
     """Judge whether the checkpoint that is called the best can be it.
 
-    Input: `save`, `evaluate`, steps between two; `best`, load_best_model_at_end; `keep`, save_total_limit; `metric`, metric_for_best_model.
+    Input: `save`, `evaluate`, steps between two; `best`, load_best_model_at_end; `keep`, save_total_limit; `metric`,
+    metric_for_best_model.
     """
     said: list[Verdict] = []
     by_steps = save_strategy not in ("no", "epoch") and eval_strategy not in ("no", "epoch")
@@ -83,7 +85,8 @@ def judge_saving(
         said.append(
             Verdict(
                 "O05",
-                "checkpoints are saved at steps at which nothing was evaluated, so the best one may never have been saved",
+                "checkpoints are saved at steps at which nothing was evaluated, so the best one may never "
+                "have been saved",
             )
         )
     if best and steps is not None:
@@ -97,7 +100,8 @@ def judge_saving(
         said.append(
             Verdict(
                 "O05",
-                f"save_strategy={save_strategy!r} and eval_strategy={eval_strategy!r}: saved and evaluated at different times",
+                f"save_strategy={save_strategy!r} and eval_strategy={eval_strategy!r}: saved and evaluated at "
+                "different times",
             )
         )
     if metric and keep is not None and keep <= 1 and not best:

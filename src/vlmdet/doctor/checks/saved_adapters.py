@@ -1,12 +1,15 @@
-"""Checks of saved adapters: do they do anything, on the base that they were trained on, and does a later stage start where the earlier ended?
+"""Checks of saved adapters: do they do anything, on the base that they were trained on, and does a later stage start
+where the earlier ended?
 
-When: as part of `checks.model` and `checks.optimisation`; reads headers and small weights of safetensors, no torch but for the names of a model.
+When: as part of `checks.model` and `checks.optimisation`; reads headers and small weights of safetensors, no torch but
+for the names of a model.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,24 +75,35 @@ def adapter_acts(evidence: Evidence) -> Outcome:
         zero = [key for key, tensor in list(lora.items()) if "lora_B" in key]
         norms = {key: float(np.abs(lora[key].read().astype(np.float32)).max(initial=0.0)) for key in zero[:READ]}
         if norms and not any(norms.values()):
-            yield found("M10", where=where, evidence=f"{len(norms)} of {len(zero)} LoRA B were read, and all are 0: {next(iter(norms))}",
-                        cause="the adapter was saved as it began: it never trained, or another copy did")  # fmt: skip
+            yield found(
+                "M10",
+                where=where,
+                evidence=f"{len(norms)} of {len(zero)} LoRA B were read, and all are 0: {next(iter(norms))}",
+                cause="the adapter was saved as it began: it never trained, or another copy did",
+            )
             return
         named = [key for key in lora if re.search(r"lora_[AB]\.[^.]+\.weight$", key)]
         bare = [key for key in lora if not key.startswith("base_model.model.")]
         if named or bare:
             key = (named or bare)[0]
             yield found(
-                "M10", where=where, evidence=f"{len(named or bare)} of {len(lora)} weights are named otherwise than PEFT reads them, such as {key}",
-                cause="the state dict was saved by hand: PEFT looks for base_model.model.….lora_A.weight, finds none, and only warns",
-            )  # fmt: skip
+                "M10",
+                where=where,
+                evidence=f"{len(named or bare)} of {len(lora)} weights are named "
+                f"otherwise than PEFT reads them, such as {key}",
+                cause="the state dict was saved by hand: PEFT looks for base_model.model.….lora_A.weight, "
+                "finds none, and only warns",
+            )
             return
         missing, of = _absent_layers(evidence, lora)
         if missing:
             yield found(
-                "M10", where=where, evidence=f"{len(missing)} of {of} layers of the adapter are not in the model, such as {missing[0]}",
-                cause="layers are named otherwise in this release of the library, or in this architecture; what is not found is skipped with a warning",
-            )  # fmt: skip
+                "M10",
+                where=where,
+                evidence=f"{len(missing)} of {of} layers of the adapter are not in the model, such as {missing[0]}",
+                cause="layers are named otherwise in this release of the library, or in this architecture; "
+                "what is not found is skipped with a warning",
+            )
             return
         told.append(
             f"{name}: {len(lora)} weights, largest B {max(norms.values(), default=0):.3g}"
@@ -139,13 +153,22 @@ def adapter_on_its_base(evidence: Evidence) -> Outcome:
         where = f"{name}: {one.path}"
         for text, option in used:
             if recorded and not _same_base(recorded, text):
-                yield found("M11", where=where, evidence=f"adapter_config.json names {recorded}; {option} is {text}", certainty=0.95,
-                            cause="the adapter is a difference to one base, and means nothing on another")  # fmt: skip
+                yield found(
+                    "M11",
+                    where=where,
+                    evidence=f"adapter_config.json names {recorded}; {option} is {text}",
+                    certainty=0.95,
+                    cause="the adapter is a difference to one base, and means nothing on another",
+                )
                 return
         for key, mine, theirs in _fingerprints(one, base):
             if mine != theirs:
-                yield found("M11", where=where, evidence=f"{key}: {mine} when trained, {theirs} of the base now",
-                            cause="the base has the same name and other weights")  # fmt: skip
+                yield found(
+                    "M11",
+                    where=where,
+                    evidence=f"{key}: {mine} when trained, {theirs} of the base now",
+                    cause="the base has the same name and other weights",
+                )
                 return
         other = _other_sizes(one, base) or _other_weights(recorded, base)
         if other:
@@ -279,7 +302,7 @@ def stages_follow(evidence: Evidence) -> Outcome:
     if len(stages) < 2:
         raise NotAvailable("artefacts or settings of two stages (stage1, stage2)")
     told: list[str] = []
-    for (before, first), (after, second) in zip(stages, stages[1:], strict=False):
+    for (before, first), (after, second) in pairwise(stages):
         wrong = _breaks(first, second)
         if wrong:
             yield found(
@@ -314,8 +337,11 @@ def _stages(evidence: Evidence) -> list[tuple[str, dict[str, Any]]]:
                 values.setdefault("paths", []).append(str(one.path))
     listed = evidence.options.get("stages")
     entries = list(enumerate(listed)) if isinstance(listed, (list, tuple)) else []
-    entries += [(int(match.group(1)), value) for key, value in evidence.options.flat.items()
-                if isinstance(value, Mapping) and (match := _STAGE.fullmatch(key))]  # fmt: skip
+    entries += [
+        (int(match.group(1)), value)
+        for key, value in evidence.options.flat.items()
+        if isinstance(value, Mapping) and (match := _STAGE.fullmatch(key))
+    ]
     for number, value in entries:
         if isinstance(value, Mapping):
             stages.setdefault(number, (f"stage {number}", {}))[1].update(value)
@@ -389,7 +415,8 @@ def _value(values: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _likeness(one: Artefact | None, other: Artefact | None) -> float | None:
-    """Return the cosine of the LoRA A of two adapters: near 1 where one was trained on from the other, near 0 where both began afresh."""
+    """Return the cosine of the LoRA A of two adapters: near 1 where one was trained on from the other, near 0 where both
+    began afresh."""
     if one is None or other is None:
         return None
     shared = [

@@ -53,10 +53,15 @@ def three_steps(evidence: Evidence) -> Outcome:
     if not told:
         if _reentrant(keywords) and checkpointing:
             yield found(
-                "M08", where=where, severity=2, certainty=0.6, evidence=f"gradient_checkpointing_kwargs={keywords}; here {shown}",
-                cause="blocks are recomputed by re-entering autograd; gradients reach them in this release of transformers, and not in those in which "
+                "M08",
+                where=where,
+                severity=2,
+                certainty=0.6,
+                evidence=f"gradient_checkpointing_kwargs={keywords}; here {shown}",
+                cause="blocks are recomputed by re-entering autograd; gradients reach them in this release of "
+                "transformers, and not in those in which "
                 "the inputs of frozen embeddings carry none",
-            )  # fmt: skip
+            )
         else:
             yield looked("M08", shown)
         seeing = [area for area in areas if area in ("vision", "merger", "deepstack")]
@@ -79,10 +84,15 @@ def recomputation(evidence: Evidence) -> Outcome:
     old = re.match(r"4\.", evidence.versions().get("transformers", "")) is not None and keywords is None
     if (reentrant or old) and uses_adapter(evidence) and not options.get("enable_input_require_grads"):
         yield found(
-            "M08", where="settings", certainty=0.7 if reentrant else 0.4, severity=3 if reentrant else 2,
-            evidence=f"gradient_checkpointing=True, gradient_checkpointing_kwargs={keywords}, LoRA on frozen embeddings, enable_input_require_grads is not set",
-            cause="blocks are recomputed by re-entering autograd, which passes no gradient where a block's input carries none, as that of frozen embeddings does",
-        )  # fmt: skip
+            "M08",
+            where="settings",
+            certainty=0.7 if reentrant else 0.4,
+            severity=3 if reentrant else 2,
+            evidence=f"gradient_checkpointing=True, gradient_checkpointing_kwargs={keywords}, LoRA on frozen "
+            "embeddings, enable_input_require_grads is not set",
+            cause="blocks are recomputed by re-entering autograd, which passes no gradient where a block's "
+            "input carries none, as that of frozen embeddings does",
+        )
     else:
         yield looked("M08", f"gradient_checkpointing_kwargs={keywords}")
 
@@ -90,16 +100,22 @@ def recomputation(evidence: Evidence) -> Outcome:
 def _no_graph(error: UserCodeError, where: str, checkpointing: bool, keywords: Any, trainable: int) -> Outcome:
     setting = f"gradient_checkpointing={checkpointing}, gradient_checkpointing_kwargs={keywords}"
     yield found(
-        "M08", where=where, evidence=f"{trainable} tensors are trainable, and backward raised {error.text}\n{setting}",
-        cause="blocks are recomputed by re-entering autograd, which cuts the graph where a block's input carries no gradient, as that of "
-        "frozen embeddings does" if checkpointing else "the loss does not depend on what trains: it is reckoned under no_grad, or detached",
-    )  # fmt: skip
+        "M08",
+        where=where,
+        evidence=f"{trainable} tensors are trainable, and backward raised {error.text}\n{setting}",
+        cause="blocks are recomputed by re-entering autograd, which cuts the graph where a block's input "
+        "carries no gradient, as that of "
+        "frozen embeddings does"
+        if checkpointing
+        else "the loss does not depend on what trains: it is reckoned under no_grad, or detached",
+    )
 
 
 def _without_gradient(
     evidence: Evidence, areas: dict[str, tuple[int, int]], shown: str, where: str, checkpointing: bool, keywords: Any
 ) -> Outcome:
-    """Tell of areas whose trainable weights get none: by recomputation (M08), or because the vision tower is outside the graph (M13)."""
+    """Tell of areas whose trainable weights get none: by recomputation (M08), or because the vision tower is outside the
+    graph (M13)."""
     from vlmdet.doctor.live import probes
 
     dead = [
@@ -124,22 +140,30 @@ def _without_gradient(
     if checkpointing and any(freely.get(area, (0, 0))[0] > areas[area][0] for area in dead):
         again = ", ".join(f"{area} {some} of {every}" for area, (some, every) in freely.items())
         yield found(
-            "M08", where=where, evidence=f"{shown}\nthe same without recomputation: {again}\n{setting}",
-            cause="blocks are recomputed by re-entering autograd, which passes no gradient where a block's input carries none, as that of "
+            "M08",
+            where=where,
+            evidence=f"{shown}\nthe same without recomputation: {again}\n{setting}",
+            cause="blocks are recomputed by re-entering autograd, which passes no gradient where a block's "
+            "input carries none, as that of "
             "frozen embeddings does",
-        )  # fmt: skip
+        )
         return
     seeing = [area for area in dead if area in ("vision", "merger", "deepstack")]
     if len(seeing) < len(dead) or len(dead) == len(areas):
         yield found(
-            "M08", where=where, evidence=f"{shown}\n{setting}",
+            "M08",
+            where=where,
+            evidence=f"{shown}\n{setting}",
             cause="the loss does not depend on these weights: their outputs are detached, replaced or not used",
-        )  # fmt: skip
+        )
     elif pictures:
         yield found(
-            "M13", where=where, evidence=shown, title=f"Trainable weights of the {' and '.join(seeing)} get no gradient",
+            "M13",
+            where=where,
+            evidence=shown,
+            title=f"Trainable weights of the {' and '.join(seeing)} get no gradient",
             cause="the pictures pass the vision tower under no_grad, or its output is detached",
-        )  # fmt: skip
+        )
 
 
 def _unmoved(steps: Any, where: str, shown: str) -> Outcome:
@@ -151,7 +175,10 @@ def _unmoved(steps: Any, where: str, shown: str) -> Outcome:
     still = {name for name in graded if steps.moved.get(name, 0.0) == 0.0}
     absent = {name for name in graded if name not in steps.optimised}
     rates = ", ".join(f"{rate:.3g}" for rate in steps.rates)
-    lines = f"{len(still)} of {len(graded)} weights with a gradient did not move in three steps; learning rates of the optimiser's groups: {rates or 'none'}"
+    lines = (
+        f"{len(still)} of {len(graded)} weights with a gradient did not move in three steps; learning "
+        f"rates of the optimiser's groups: {rates or 'none'}"
+    )
     by_area = {}
     for area in {area_of(plain_name(name)) for name in still}:
         of_area = {name for name in graded if area_of(plain_name(name)) == area}
@@ -169,13 +196,24 @@ def _unmoved(steps: Any, where: str, shown: str) -> Outcome:
         if zero:
             cause = "the learning rate is 0"
         elif absent >= still:
-            cause = "the optimiser was made before the adapter, or from another list of weights, and does not hold what trains"
+            cause = (
+                "the optimiser was made before the adapter, or from another list of weights, and does not "
+                "hold what trains"
+            )
         else:
-            cause = "the optimiser's steps change nothing: a rate too small for the weights' precision, or steps that are skipped"
+            cause = (
+                "the optimiser's steps change nothing: a rate too small for the weights' precision, or "
+                "steps that are skipped"
+            )
         yield found("M15", where=where, evidence=f"{lines}\n{shown}", cause=cause)
     elif whole and any(not rate for rate in steps.rates):
-        yield found("M15", where=where, evidence=f"{lines}; all of the {', '.join(whole)}", certainty=0.7,
-                    cause=f"the learning rate of the group that holds the {', '.join(whole)} is 0")  # fmt: skip
+        yield found(
+            "M15",
+            where=where,
+            evidence=f"{lines}; all of the {', '.join(whole)}",
+            certainty=0.7,
+            cause=f"the learning rate of the group that holds the {', '.join(whole)} is 0",
+        )
     else:
         yield looked(
             "M15",

@@ -1,6 +1,8 @@
-"""Single questions to a trainer that was built: gradients without recomputation, losses of one batch cut in two ways, one step of evaluation.
+"""Single questions to a trainer that was built: gradients without recomputation, losses of one batch cut in two ways,
+one step of evaluation.
 
-When: for checks of stages model and optimisation, after the three steps; each takes one or few passes of the small model. Nothing lasts: gradients
+When: for checks of stages model and optimisation, after the three steps; each takes one or few passes of the small
+model. Nothing lasts: gradients
 are dropped, no weight changes.
 """
 

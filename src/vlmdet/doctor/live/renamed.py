@@ -1,6 +1,7 @@
 """Would the user's freeze policy act if names were as they once were, or as they are in another family?
 
-When: for M06, where everything trains once the trainer is built. The trainer is built again while the user's own code, and no library, is shown
+When: for M06, where everything trains once the trainer is built. The trainer is built again while the user's own code,
+and no library, is shown
 other names of parameters and parts. What it then freezes, it means to freeze, and does not.
 """
 
@@ -34,8 +35,12 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 """How names are shown: patterns and what they become."""
 
-PARTS = {"visual": ("visual", "vision_tower", "vision_model"), "vision_tower": ("vision_tower", "visual", "vision_model"),
-         "vision_model": ("vision_model", "vision_tower", "visual"), "language_model": ("language_model", "text_model")}  # fmt: skip
+PARTS = {
+    "visual": ("visual", "vision_tower", "vision_model"),
+    "vision_tower": ("vision_tower", "visual", "vision_model"),
+    "vision_model": ("vision_model", "vision_tower", "visual"),
+    "language_model": ("language_model", "text_model"),
+}
 """Parts that code asks a model for, and what they may be called in its inner model."""
 
 
