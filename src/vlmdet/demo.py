@@ -14,6 +14,7 @@ from typing import Any
 
 from vlmdet.config import find_recipe, load_settings
 from vlmdet.data.synthetic.packages import write_drawn_set
+from vlmdet.doctor.ours import check_before
 from vlmdet.evaluation.compare import paired_difference
 from vlmdet.evaluation.comparison import write_comparison
 from vlmdet.evaluation.evaluate import evaluate
@@ -62,6 +63,10 @@ def run_demo(
         ],
     )
     prepared = prepare(settings, command=f"vlmdet demo --seed {seed}", new=True, say=say)
+    model_type = prepared.base.model.config.model_type
+    check_before(
+        prepared.dataset, settings, prepared.base.processor, model_type=model_type, folder=prepared.folder, say=say
+    )
     samples = prepared.dataset.splits["test"]
     folder = prepared.folder / "eval" / "test"
     common: dict[str, Any] = {

@@ -46,6 +46,7 @@ def add_train(verbs: Any) -> None:
         "--num-processes", type=int, metavar="N", help="share the work among N processes (docs/devices.md)"
     )
     train.add_argument("--new", action="store_true", help="start another run where an equal one was stopped")
+    train.add_argument("--force", action="store_true", help="train although the doctor found what is silent and fatal")
     add_selection(train)
     train.add_argument("--max-problems", type=float, metavar="SHARE", help="share of broken rows above which to stop")
     add_overrides(train)
@@ -71,12 +72,21 @@ def _train(args: argparse.Namespace) -> None:
             "use --num-processes, or accelerate launch, not both",
         )
 
+    from vlmdet.doctor.ours import check_before
+    from vlmdet.training.prepare import Prepared
     from vlmdet.training.processes import is_main, leave
     from vlmdet.training.train import train_stages
 
     say = make_say(args) if is_main() else say_nothing
     command = shlex.join(["vlmdet", *sys.argv[1:]])
-    folder, prepared = train_stages(stages, command=command, new=args.new, say=say)
+
+    def examine(prepared: Prepared) -> None:
+        check_before(
+            prepared.dataset, prepared.settings, prepared.base.processor,
+            model_type=prepared.base.model.config.model_type, folder=prepared.folder, force=args.force, say=say,
+        )  # fmt: skip
+
+    folder, prepared = train_stages(stages, command=command, new=args.new, before=examine, say=say)
     leave()
     split = settings.evaluation.split
     say(f"next:\n  vlmdet eval {folder} --base" + ("" if split in prepared.dataset.splits else " --split val"))

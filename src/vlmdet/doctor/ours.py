@@ -20,6 +20,7 @@ from vlmdet.doctor.findings import Report
 from vlmdet.doctor.sampling import every
 from vlmdet.doctor.subject import Subject
 from vlmdet.errors import ConfigError, did_you_mean
+from vlmdet.files import write_whole
 from vlmdet.grounding import View, get_codec
 from vlmdet.records import DetectionDataset, Sample
 from vlmdet.settings import Settings
@@ -206,6 +207,48 @@ def examine_before(
     """
     subject = subject_of(dataset, settings, processor, model_type=model_type, splits=raw_rows(dataset, limit=rows))
     return examine(subject, stages=CHEAP, timeout=timeout)
+
+
+def check_before(
+    dataset: DetectionDataset,
+    settings: Settings,
+    processor: Any,
+    *,
+    model_type: str,
+    folder: Path,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Examine before a run is paid for: say what was found, write `doctor.json`, refuse what is silent and fatal.
+
+    When: by `vlmdet train` and `vlmdet demo`, after `prepare` and before a step is made.
+
+    Input: `folder` of the run; `force`, go on whatever is found.
+
+    Raises:
+        ConfigError: a finding of severity 4 and a certainty of at least one half, unless `force`.
+    """
+    report = examine_before(dataset, settings, processor, model_type=model_type)
+    write_whole(folder / "doctor.json", json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n")
+    causes = [one for one in report.findings if one.consequence_of is None]
+    if causes:
+        for one in causes:
+            say(f"doctor: {one.id} {one.title} (severity {one.severity}): {' '.join(one.evidence.split())[:300]}")
+            say(f"  {one.cause}; {one.fix}")
+    else:
+        say(
+            f"doctor: a clean bill; {len(report.checked)} checks of data, conversation, labels and vision found nothing"
+        )
+    say(
+        f"  {len(report.checked)} fine, {len(report.not_run)} not run, {report.seconds:.1f} s: {folder / 'doctor.json'}"
+    )
+    fatal = [one for one in causes if one.severity >= 4 and one.certainty >= 0.5]
+    if fatal and not force:
+        raise ConfigError(
+            f"the doctor found what is silent and fatal: {', '.join(f'{one.id} {one.title}' for one in fatal)}",
+            f"mend it, or train all the same with --force; everything that was found: {folder / 'doctor.json'}",
+        )
+    return report
 
 
 def flat_settings(settings: Settings, *, model_type: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -68,12 +68,18 @@ from vlmdet.training.processes import (
 
 
 def train_stages(
-    stages: Sequence[Settings], *, command: str = "", new: bool = False, say: Say = print
+    stages: Sequence[Settings],
+    *,
+    command: str = "",
+    new: bool = False,
+    before: Callable[[Prepared], object] | None = None,
+    say: Say = print,
 ) -> tuple[Path, Prepared]:
     """Train each stage on the result of the one before; returns the folder of the last run, and how it was prepared.
 
     When: once per command. A stage but the last that is finished already, with the same settings, data and base, is used as
-    it is, unless `new`.
+    it is, unless `new`. `before` is called on the main process with each stage that is about to be trained; what it raises ends
+    all.
     """
     below: Path | None = None
     for number, settings in enumerate(stages, 1):
@@ -85,6 +91,8 @@ def train_stages(
             best = from_main(partial(_best_of, below))
             settings = replace(settings, model=replace(settings.model, name=best))
         prepared = prepare(settings, command=command, new=new, reuse=not last, say=say)
+        if before is not None and not is_done(prepared.folder):
+            from_main(partial(before, prepared))
         below = prepared.folder if is_done(prepared.folder) else train(prepared, say=say)
         if not last and prepared.lock is not None:
             prepared.lock.close()
