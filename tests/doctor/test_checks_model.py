@@ -83,9 +83,16 @@ def trained_before() -> Trainer:
 
 @pytest.mark.parametrize(
     ("build", "identifier"),
-    [(healthy, None), (healthy_full, None), (frozen, "M01"), (loaded_again, "M02"), (beneath_the_adapter, "M02"), (two_adapters, "M03"),
-     (trained_before, "M03")],
-)  # fmt: skip
+    [
+        (healthy, None),
+        (healthy_full, None),
+        (frozen, "M01"),
+        (loaded_again, "M02"),
+        (beneath_the_adapter, "M02"),
+        (two_adapters, "M03"),
+        (trained_before, "M03"),
+    ],
+)
 def test_after_building(build: Any, identifier: str | None) -> None:
     found = say("after_building", build_trainer=build)
     assert set(found) == ({identifier} if identifier else set())
@@ -156,9 +163,14 @@ def test_a_freeze_policy_without_effect_is_seen(build: Any, hit: bool) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "hit"),
-    [({"freeze": ["model.layers."]}, True), ({"freeze_prefixes": ["visual."]}, True), ({"freeze": ["model.visual."]}, False),
-     ({"freeze": ["vision_tower"]}, True), ({"freeze": "visual"}, False)],
-)  # fmt: skip
+    [
+        ({"freeze": ["model.layers."]}, True),
+        ({"freeze_prefixes": ["visual."]}, True),
+        ({"freeze": ["model.visual."]}, False),
+        ({"freeze": ["vision_tower"]}, True),
+        ({"freeze": "visual"}, False),
+    ],
+)
 def test_patterns_of_a_policy(settings: dict[str, Any], hit: bool) -> None:
     assert ("M06" in say("freeze_policy", settings={"model_name": NAME, **settings})) == hit
 
@@ -180,9 +192,14 @@ def test_four_bits_under_the_vision_tower() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "hit"),
-    [({"num_gpus": 4, "world_size": 1}, True), ({"num_gpus": 4, "world_size": 4}, False), ({"num_gpus": 1, "world_size": 1}, False),
-     ({"num_gpus": 2, "world_size": 2, "device_map": "auto"}, True), ({"num_gpus": 2, "world_size": 1, "device_map": "auto"}, False)],
-)  # fmt: skip
+    [
+        ({"num_gpus": 4, "world_size": 1}, True),
+        ({"num_gpus": 4, "world_size": 4}, False),
+        ({"num_gpus": 1, "world_size": 1}, False),
+        ({"num_gpus": 2, "world_size": 2, "device_map": "auto"}, True),
+        ({"num_gpus": 2, "world_size": 1, "device_map": "auto"}, False),
+    ],
+)
 def test_devices(settings: dict[str, Any], hit: bool) -> None:
     assert ("M09" in say("several_devices", settings=settings)) == hit
 
@@ -307,9 +324,13 @@ def test_how_callbacks_generate(training: bool, side: str, identifiers: set[str]
 
 @pytest.mark.parametrize(
     ("settings", "identifier"),
-    [({"generation": {"use_cache": False}}, "M12"), ({"generation": {"padding_side": "right", "batch_size": 8}}, "T07"),
-     ({"generation": {"padding_side": "left", "batch_size": 8}}, None), ({"padding_side": "right"}, None)],
-)  # fmt: skip
+    [
+        ({"generation": {"use_cache": False}}, "M12"),
+        ({"generation": {"padding_side": "right", "batch_size": 8}}, "T07"),
+        ({"generation": {"padding_side": "left", "batch_size": 8}}, None),
+        ({"padding_side": "right"}, None),
+    ],
+)
 def test_settings_of_generation(settings: dict[str, Any], identifier: str | None) -> None:
     assert set(say("generation", settings=settings)) == ({identifier} if identifier else set())
 

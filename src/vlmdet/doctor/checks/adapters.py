@@ -1,8 +1,7 @@
 """Checks of what an adapter sits on and what a freeze policy leaves: target patterns, policy patterns, areas.
 
 When: as part of `checks.model`. Names are matched against the modules of the built trainer's model, else of a small
-model of the same
-architecture, whose names are those of the real one.
+model of the same architecture, whose names are those of the real one.
 """
 
 from __future__ import annotations

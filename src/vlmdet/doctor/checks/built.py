@@ -1,9 +1,8 @@
-"""What the checks of model and optimisation ask of a subject: its module names, its adapter, what of it trains, what it
-was loaded with.
+"""What the checks of model and optimisation ask of a subject: module names, adapter, what trains, how it was loaded.
 
 When: shared by `checks.model`, `checks.steps` and `checks.optimisation`. A trainer that was built comes before a model
-that was passed, and that
-before a small one of the architecture. What fails for the user's own code is told by the check that asks for it first.
+that was passed, and that before a small one of the architecture. What fails for the user's own code is told by the
+check that asks for it first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rules of learning rates, budgets, schedules and checkpoints, on plain numbers.
 
 When: for checks of settings. Figures are those of published recipes: LoRA trains at 1e-5 to 5e-4, whole weights at 1e-6
-to 5e-5. Adam moves a weight
-by about the rate in each step, whatever the gradient, so rate times steps bounds how far a weight can go.
+to 5e-5. Adam moves a weight by about the rate in each step, whatever the gradient, so rate times steps bounds how far a
+weight can go.
 """
 
 from __future__ import annotations

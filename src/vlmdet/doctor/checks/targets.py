@@ -1,9 +1,7 @@
-"""Which modules a target pattern matches, as PEFT reads it, and in which area they lie; the areas of a model's weights
-as a table.
+"""Which modules a target pattern matches, as PEFT reads it, in which area they lie, and weights counted by area.
 
 When: for checks of adapters and freeze policies. PEFT reads a single text as one regular expression that must fit the
-whole name, and
-each entry of a list as the end of a name, never as an expression (peft#2964).
+whole name, and each entry of a list as the end of a name, never as an expression (peft#2964).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How a user's own callbacks generate: in which mode, with a cache or without, padded on which side.
 
 When: for M12 and T07. Events of the user's callbacks are called on the built trainer with `generate` replaced by one
-that notes how it was called and
-returns the question, so that nothing is generated; the working directory is a temporary one.
+that notes how it was called and returns the question, so that nothing is generated; the working directory is a
+temporary one.
 """
 
 from __future__ import annotations

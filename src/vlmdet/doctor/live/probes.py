@@ -1,9 +1,7 @@
-"""Single questions to a trainer that was built: gradients without recomputation, losses of one batch cut in two ways,
-one step of evaluation.
+"""Single questions to a built trainer: gradients without recomputation, one batch cut in two ways, one evaluation step.
 
 When: for checks of stages model and optimisation, after the three steps; each takes one or few passes of the small
-model. Nothing lasts: gradients
-are dropped, no weight changes.
+model. Nothing lasts: gradients are dropped, no weight changes.
 """
 
 from __future__ import annotations

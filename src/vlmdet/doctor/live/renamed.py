@@ -1,8 +1,7 @@
 """Would the user's freeze policy act if names were as they once were, or as they are in another family?
 
 When: for M06, where everything trains once the trainer is built. The trainer is built again while the user's own code,
-and no library, is shown
-other names of parameters and parts. What it then freezes, it means to freeze, and does not.
+and no library, is shown other names of parameters and parts. What it then freezes, it means to freeze, and does not.
 """
 
 from __future__ import annotations
