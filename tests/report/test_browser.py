@@ -15,6 +15,9 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 
+PATIENCE = 300_000
+"""Milliseconds that anything may take: on a machine that is busy with the rest of the suite, Playwright's 30 seconds pass."""
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
 
@@ -23,7 +26,7 @@ def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     with sync_api.sync_playwright() as play:
         # a container's root has no sandbox
-        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
         yield found
         found.close()
 
@@ -32,6 +35,7 @@ def opened(browser: Any, folder: Path, **options: Any) -> tuple[Any, list[str]]:
     """Open the report of a run; the page, and what it complained of or asked for beyond itself."""
     path = write_report(folder, say=lambda text: None)
     page = browser.new_page(**options)
+    page.set_default_timeout(PATIENCE)
     trouble: list[str] = []
     page.on("console", lambda message: trouble.append(message.text))
     page.on("pageerror", lambda error: trouble.append(str(error)))
@@ -138,4 +142,20 @@ def test_every_control_and_picture_has_a_name(browser: Any, scored: Path) -> Non
         assert control.evaluate("(node) => node.labels.length") == 1
     assert page.locator("svg[role=img]:not([aria-label])").count() == 0
     assert page.locator("th:not([scope])").count() == 0
+    page.close()
+
+
+def test_a_page_beside_opens_from_the_report_and_filters(
+    browser: Any, scored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmdet.report.album.CARD_BYTES", 1)  # one card a page
+    page, trouble = opened(browser, scored)
+    page.get_by_role("link", name="report_pictures_3.html").click()
+    page.wait_for_url("**/report_pictures_3.html")
+    assert shown(page) == ["mute"]
+    page.get_by_text("parse failures 1", exact=True).click()
+    assert page.get_by_role("status").inner_text() == "1 of 1 pictures are shown"
+    page.get_by_role("link", name="Back to the report").click()
+    page.wait_for_url("**/report.html#pictures-0")
+    assert [url for url in trouble if "/report" not in url] == []
     page.close()

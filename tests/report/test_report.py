@@ -15,8 +15,9 @@ from PIL import Image
 
 from vlmdet.errors import DataError
 from vlmdet.report import write_report
-from vlmdet.report.page import _spread
-from vlmdet.report.reading import find_scored
+from vlmdet.report.album import _spread
+from vlmdet.report.gallery import Card, make_card
+from vlmdet.report.reading import find_scored, read_run
 
 
 class Reader(HTMLParser):
@@ -43,6 +44,12 @@ def said(folder: Path, **options: object) -> tuple[Reader, str]:
     page = Reader(write_report(folder, say=lambda text: None, **options).read_text(encoding="utf-8"))
     verdict = page.text.split("Verdict", 2)[2].split("What the figures")[0].replace("\u00a0", " ").strip()
     return page, verdict
+
+
+def cards_of(folder: Path) -> list[Card]:
+    """Make all cards of a run's only split."""
+    (split,) = read_run(folder).splits
+    return [make_card(split, key, number=0, labels={}) for key in split.main.rows]
 
 
 def test_the_verdict_is_one_sentence_with_intervals(scored: Path) -> None:
@@ -153,9 +160,9 @@ def test_several_splits_and_stages(scored: Path, made: SimpleNamespace) -> None:
 def test_thumbnails_that_do_not_fit_lie_beside(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = write_report(scored, say=lambda text: None).read_text(encoding="utf-8")
     assert full.count('href="data:image/webp') == 3
-    monkeypatch.setattr("vlmdet.report.page._PAGE_BYTES", 1)
-    monkeypatch.setattr("vlmdet.report.page._CARD_BYTES", 10**6)
-    monkeypatch.setattr("vlmdet.report.page._spread", lambda ids, most: ["good"])
+    monkeypatch.setattr("vlmdet.report.album.PAGE_BYTES", 1)
+    monkeypatch.setattr("vlmdet.report.album.CARD_BYTES", 10**6)
+    monkeypatch.setattr("vlmdet.report.album._spread", lambda ids, most: ["good"])
     page, _ = said(scored)
     sources = [value for name, value in page.attributes if name == "src"]
     assert len(sources) == 2
@@ -167,6 +174,33 @@ def test_thumbnails_that_do_not_fit_lie_beside(scored: Path, monkeypatch: pytest
     monkeypatch.undo()
     write_report(scored, say=lambda text: None)
     assert not (scored / "report_files").exists()
+
+
+def test_cards_that_do_not_fit_are_on_pages_beside(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards a page: five pictures take three, and all of them are there once, the worst and the best on the first."""
+    from vlmdet.report import album
+
+    sizes = [card.size for card in cards_of(scored)]
+    monkeypatch.setattr(album, "CARD_BYTES", 2 * max(sizes))
+    lines: list[str] = []
+    page = Reader(write_report(scored, say=lines.append).read_text(encoding="utf-8"))
+    names = ["report.html", "report_pictures_2.html", "report_pictures_3.html"]
+    assert sorted(path.name for path in scored.glob("*.html")) == names
+    pages = [page, *(Reader((scored / name).read_text(encoding="utf-8")) for name in names[1:])]
+    numbers = [[value for name, value in one.attributes if name == "data-number"] for one in pages]
+    assert sorted(number for some in numbers for number in some) == ["0", "1", "2", "3", "4"]
+    assert numbers[0] == ["4", "2"]  # the worst; the best is the fourth that is chosen
+    counts = [len(some) for some in numbers]
+    assert f"{counts[0]} of 5 pictures are on this page" in page.text
+    for name, count in zip(names[1:], counts[1:], strict=True):
+        assert ("href", name) in page.attributes and f"{name} ({count})" in page.text
+        assert f"{count} more pictures in {scored / name}" in lines[0]
+    for other in pages[1:]:
+        assert ("href", "report.html#pictures-0") in other.attributes
+        assert other.tags.count("script") == 1
+    monkeypatch.undo()
+    write_report(scored, say=lambda text: None)
+    assert [path.name for path in scored.glob("*.html")] == ["report.html"]
 
 
 def test_of_many_pictures_the_worst_and_the_best_are_shown() -> None:

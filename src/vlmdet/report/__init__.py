@@ -5,7 +5,7 @@ When: AFTER an evaluation, by `vlmdet report`; no torch, and no figure is comput
     reading.py    finds and reads what a run left        verdict.py   the sentence, and what the figures are of
     tables.py     figures, classes, sizes, confusion     charts.py    histograms and curves as SVG
     pictures.py   thumbnails                             gallery.py   a card per picture, boxes as SVG
-    page.py       puts them together                     report.css, report.js
+    album.py      divides the cards among pages          page.py       puts them together; report.css, report.js
 """
 
 from vlmdet.report.page import write_report

@@ -7,27 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
 
 from vlmdet.files import write_whole
-from vlmdet.report import charts, tables
-from vlmdet.report.gallery import FILTERS, Card, make_card, order_ids
-from vlmdet.report.pictures import open_pictures, shrink
+from vlmdet.report import album, charts, tables
+from vlmdet.report.album import Gallery
 from vlmdet.report.reading import Run, Scored, Split, Stage, mapping, number_of, read_run, sequence
 from vlmdet.report.verdict import METRICS, called, conditions, native_note, tone, verdict
 from vlmdet.utils import html
 
 PICTURES = 1000
 """Pictures of a split that are shown unless asked otherwise."""
-
-_CARD_BYTES = 10_000_000
-_PAGE_BYTES = 14_000_000
-"""Of cards, and of cards and thumbnails; what goes over it is left out of the page, or lies beside it."""
-
-_SIDES = ((150, 480), (400, 400), (0, 320))
-"""Longer side of a thumbnail, for at most that many pictures."""
 
 _FILES = ("results.json", "results.csv", "per_class.csv", "per_image.csv", "predictions.jsonl", "matches.jsonl",
           "predictions.coco.json")  # fmt: skip
@@ -42,7 +35,8 @@ def write_report(
 
     Input: `folder` of `reading.find_scored`; `split`, the only one to show; `pictures`, the most of a split that are shown;
     `say` prints where the page is.
-    Output: the page. It is under 15 MB; thumbnails that do not fit lie beside it in `report_files/`.
+    Output: the page. It is under 15 MB; pictures that do not fit are on further pages beside it, `report_pictures_2.html` and so
+    on, to which it leads, and thumbnails that do not fit in `report_files/`.
 
     Raises:
         DataError: a file is broken, or the split was not scored.
@@ -58,31 +52,49 @@ def write_report(
         contents.append(("Training", "training"))
         body.append(html.section("Training", *(_training(run)), place="training"))
     beside: dict[str, bytes] = {}
-    spare = _PAGE_BYTES - sum(len(part) for part in body)
+    further: list[tuple[Split, int, Gallery]] = []
+    spare = album.PAGE_BYTES - sum(len(part) for part in body)
     for number, one in enumerate(run.splits):
         if not any(model.rows for model in one.models):
             continue
-        share = spare // (len(run.splits) - number)
-        gallery, used = _gallery(one, number, folder=folder, most=pictures, room=share, beside=beside)
-        spare -= used
+        room, next_page = spare // (len(run.splits) - number), len(further) + 2
+        first, *rest = album.make_galleries(
+            one, number, folder=folder, most=pictures, room=room, next_page=next_page, beside=beside
+        )
+        spare -= first.size
+        further += [(one, number, gallery) for gallery in rest]
         contents.append((f"Pictures of {one.name}", f"pictures-{number}"))
-        body.append(html.section(f"Pictures of {one.name}", *gallery, place=f"pictures-{number}"))
+        body.append(html.section(f"Pictures of {one.name}", first.content, place=f"pictures-{number}"))
     contents.append(("Files", "files"))
     body.append(html.section("Files", *_files(run), place="files"))
 
-    here = Path(__file__).parent
-    page = html.page(
-        f"Report of {name}", body, contents=contents, pictures_beside=bool(beside),
-        style=(here / "report.css").read_text(encoding="utf-8"),
-        script=(here / "report.js").read_text(encoding="utf-8"),
-    )  # fmt: skip
     _write_beside(folder / "report_files", beside)
-    path = folder / "report.html"
-    data = page.encode("utf-8", errors="replace")
-    write_whole(path, data)
-    more = f", and {len(beside)} thumbnails in {folder / 'report_files'}" if beside else ""
-    say(f"report: {path} ({len(data) / 1e6:.1f} MB{more})")
+    for old in folder.glob(album.FURTHER_PAGE.format("[0-9]*")):  # of an earlier report
+        old.unlink()
+    for one, number, gallery in further:
+        title = f"Pictures of {one.name}: more of the report of {name}"
+        back = html.render(_BACK, page=album.MAIN_PAGE, number=number, name=name)
+        part = html.section(f"{gallery.pictures:,} pictures of {one.name}", gallery.content)
+        _write_page(folder / gallery.page, title, [back, part], pictures_beside=bool(beside))
+    path = folder / album.MAIN_PAGE
+    size = _write_page(path, f"Report of {name}", body, contents=contents, pictures_beside=bool(beside))
+    more = "".join(f", {gallery.pictures:,} more pictures in {folder / gallery.page}" for _, _, gallery in further)
+    more += f", and {len(beside)} thumbnails in {folder / 'report_files'}" if beside else ""
+    say(f"report: {path} ({size / 1e6:.1f} MB{more})")
     return path
+
+
+_BACK = '<p><a href="{{ page }}#pictures-{{ number }}">Back to the report of {{ name }}</a></p>'
+
+
+def _write_page(path: Path, title: str, body: list[Markup], **options: Any) -> int:
+    """Write one page with the report's style and script; returns its bytes."""
+    here = Path(__file__).parent
+    style = (here / "report.css").read_text(encoding="utf-8")
+    script = (here / "report.js").read_text(encoding="utf-8")
+    data = html.page(title, body, style=style, script=script, **options).encode("utf-8", errors="replace")
+    write_whole(path, data)
+    return len(data)
 
 
 def _verdict(run: Run) -> Markup:
@@ -220,132 +232,6 @@ def _points(rows: list[dict[str, float]], key: str) -> list[tuple[float, float |
             found[step] = number_of(row[key])
     points = sorted(found.items())
     return points if any(value is not None for _, value in points) else []
-
-
-_GALLERY = """<div class="gallery" style="--card-width: {{ width }}">
-<p class="boxkey"><span><svg viewBox="0 0 34 20" aria-hidden="true"><rect class="t" x="3" y="3" width="28" height="14"
- fill="none"/></svg>ground truth: dashed, green</span>
-<span><svg viewBox="0 0 34 20" aria-hidden="true"><rect class="p" x="3" y="3" width="28" height="14"
- fill="none"/></svg>prediction: solid, red, with its IoU</span></p>
-{% if note %}<p>{{ note }}</p>{% endif %}
-<form hidden aria-label="Filter and sort the pictures of {{ split }}">
-<fieldset><legend>Show</legend><div class="pills">{% for value, name in filters %}<label><input type="radio" name="kind"
- value="{{ value }}"{% if loop.first %} checked{% endif %}><span>{{ name }} <b></b></span></label>
-{% endfor %}</div></fieldset>
-<label class="field">Sort<select name="order"><option value="worst">worst first</option><option value="best">best first</option>
-{% if has_base %}<option value="gained">gained most over the base</option>
-<option value="lost">lost most to the base</option>{% endif %}
-<option value="file">as in the file</option></select></label>
-<label class="field">Judged by<select name="model">{% for value, name in models %}<option value="{{ value }}"
-{%- if value == main %} selected{% endif %}>{{ name }}</option>{% endfor %}</select></label>
-<label class="field">Class<select name="label"><option value="">any</option>{% for name in labels %}
-<option value="{{ loop.index0 }}">{{ name }}</option>{% endfor %}</select></label>
-<label class="field">Find<input type="search" name="words" placeholder="id, label or answer"></label>
-<button type="reset">Reset</button>
-</form>
-<noscript><p class="faint">Filters need the page's script. All pictures are shown, the worst first.</p></noscript>
-<p class="status" role="status" aria-live="polite">{{ count }} pictures, the worst first</p>
-<div class="cards">
-"""
-
-
-def _gallery(
-    split: Split, number: int, *, folder: Path, most: int, room: int, beside: dict[str, bytes]
-) -> tuple[list[Markup], int]:
-    """Return the gallery of a split and its bytes; thumbnails over `room` go to `beside`, name -> content."""
-    ids = order_ids(split)
-    labels = _labels(split)
-    places = {key: place for place, key in enumerate(next(model.rows for model in split.models if model.rows))}
-    cards: list[Card] = []
-    used = 0
-    for key in _spread(ids, most):
-        card = make_card(split, key, number=places.get(key, len(places)), labels=labels)
-        if cards and used + card.size > min(_CARD_BYTES, room):
-            break
-        cards.append(card)
-        used += card.size
-    shown = {card.id: card for card in cards}
-    cards = [shown[key] for key in ids if key in shown]
-    thumbnails, spent = _thumbnails(cards, number, folder=folder, room=room - used, beside=beside)
-    pieces = []
-    for card in cards:
-        first, again = thumbnails[card.image] if card.image in thumbnails else (_gone("no picture is named"),) * 2
-        filled = [card.pieces[0]]
-        for panel, piece in enumerate(card.pieces[1:]):
-            filled += [first if panel == 0 else again, piece]
-        pieces.append(Markup("").join(filled))
-    left = len(ids) - len(cards)
-    names = [(model.name, called(model)) for model in split.models]
-    head = html.render(
-        _GALLERY, width=f"{18 * len(names) if len(names) > 1 else 20}rem", split=split.name, filters=FILTERS, models=names,
-        main=split.main.name, has_base=split.base is not None, labels=list(labels), count=f"{len(cards):,}",
-        note=f"{left:,} of {len(ids):,} pictures, neither among the worst nor the best, are left out; their rows are in "
-        "predictions.jsonl and per_image.csv." if left else "",
-    )  # fmt: skip
-    return [head + Markup("").join(pieces) + Markup("</div></div>")], used + spent
-
-
-def _spread(ids: list[str], most: int) -> list[str]:
-    """Choose pictures where there are more than `most`: three of the worst for each of the best, in this order."""
-    chosen: list[str] = []
-    low, high = 0, len(ids) - 1
-    while low <= high and len(chosen) < most:
-        if len(chosen) % 4 == 3:
-            chosen.append(ids[high])
-            high -= 1
-        else:
-            chosen.append(ids[low])
-            low += 1
-    return chosen
-
-
-def _labels(split: Split) -> dict[str, int]:
-    names: dict[str, None] = {}
-    for model in split.models:
-        names |= dict.fromkeys(mapping(model.results.get("per_class")))
-    for row in split.main.rows.values():
-        names |= dict.fromkeys(row["truth"]["labels"])
-    return {name: place for place, name in enumerate(sorted(names))}
-
-
-def _thumbnails(
-    cards: list[Card], number: int, *, folder: Path, room: int, beside: dict[str, bytes]
-) -> tuple[dict[str, tuple[Markup, Markup]], int]:
-    """Return for each picture what is laid into the first panel and into the others, and the bytes that they take."""
-    names = list(dict.fromkeys(card.image for card in cards if card.image))
-    side = next(side for most, side in _SIDES if len(names) <= most or most == 0)
-    each = max(2000, min(60_000, int(0.72 * room / max(1, len(names)))))  # base64 takes a third more
-    made: dict[str, tuple[Markup, Markup]] = {}
-    spent = 0
-    for name, picture in open_pictures(names, folder=folder, side=side):
-        place = f"{number}-{len(made)}"
-        if isinstance(picture, str):
-            made[name] = (_gone(picture),) * 2
-            continue
-        data = shrink(picture, most=each)
-        uri = html.data_uri(data, "image/webp")
-        if spent + len(uri) > room:
-            beside[f"{place}.webp"] = data
-            lazy = html.render(
-                '<img src="{{ source }}" alt="" loading="lazy" decoding="async">', source=f"report_files/{place}.webp"
-            )
-            made[name] = lazy, lazy
-            continue
-        spent += len(uri)
-        made[name] = html.render(_FIRST, place=place, uri=uri), html.render(_AGAIN, place=place)
-    return made, spent
-
-
-# The second panel shows the first one's picture again without a second copy of its bytes.
-_FIRST = """<svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true"><image id="picture-{{ place }}"
- href="{{ uri }}" width="1" height="1" preserveAspectRatio="none"/></svg>"""
-_AGAIN = (
-    """<svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true"><use href="#picture-{{ place }}"/></svg>"""
-)
-
-
-def _gone(reason: str) -> Markup:
-    return html.render('<p class="gone">{{ reason }}</p>', reason=f"No picture: {reason}")
 
 
 def _files(run: Run) -> Iterator[Markup]:
