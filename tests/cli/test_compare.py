@@ -64,6 +64,7 @@ def test_flags_let_through_what_is_said(files: dict[str, str], capsys: pytest.Ca
     assert main([*arguments, "--allow-constant-scores", "--drop-unusable"]) == 0
     out = capsys.readouterr().out
     assert "left out (--drop-unusable)" in out
+    assert "constant: 2 boxes in 100 orders" in out
     assert "constant scores; AP over orders of the boxes 1.000 to 1.000" in out
 
 

@@ -128,8 +128,14 @@ def test_result_files_about_a_truth(make_row: Any, tmp_path: Path) -> None:
     lower = compare(paths, truth, min_score=0.5)
     assert [run["metrics"]["recall_50"]["value"] for run in lower["runs"]] == [0.5, 0.25]
     assert lower["runs"][0]["coco"]["AP"] == 1  # COCO's figures take every box
-    with pytest.raises(ConfigError, match="have no scores"):
-        compare([*paths, own], truth, min_score=0.5)
+    # a text without scores keeps its boxes beside a detector with a threshold
+    beside = compare([*paths, own], truth, min_score=0.5)
+    assert [run["metrics"]["recall_50"]["value"] for run in beside["runs"]] == [0.5, 0.25, 0.25]
+    mixed = side(tmp_path / "mixed", make_row, range(3), scores=None)
+    file = Path(mixed) / "predictions.jsonl"
+    file.write_text(file.read_text().replace('"scores": null', '"scores": [0.9]', 1))
+    with pytest.raises(ConfigError, match="only some boxes have scores"):
+        compare([*paths, mixed], truth, min_score=0.5)
     with pytest.raises(ConfigError, match="--truth"):
         read_entries(paths)
 

@@ -56,7 +56,8 @@ def _compare(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}", "give 0 or more")
 
-    from vlmdet.evaluation.comparison import compare_entries, format_document, read_entries
+    from vlmdet.evaluation.coco import SHUFFLES, constant_scores
+    from vlmdet.evaluation.comparison import compare_entries, format_document, read_entries, without_scores
 
     entries, labels = read_entries(
         args.sources,
@@ -72,6 +73,11 @@ def _compare(args: argparse.Namespace) -> None:
     for entry in entries:
         for note in entry.notes:
             say(note)
+        if args.min_score is not None and without_scores(entry.rows):
+            say(f"{entry.name}: its boxes have no scores, so --min-score leaves all of them in")
+        if args.allow_constant_scores and entry.coco is not None and constant_scores(entry.coco[1]):
+            boxes = len(entry.coco[1])
+            say(f"{entry.name}: {boxes} boxes in {SHUFFLES} orders, some seconds for every thousand boxes")
     document = compare_entries(
         entries,
         labels_asked=labels,

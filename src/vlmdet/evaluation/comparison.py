@@ -125,7 +125,8 @@ def compare_entries(
     When: once per comparison.
 
     Input: `allow`, fields of contracts that may differ; `allow_constant_scores`, see `coco`; `min_score`, below it a box has
-    no part in our own figures, while COCO's always take all; `all_pairs`, else every entry against the first.
+    no part in our own figures, while COCO's always take all, and so do ours of an entry without any score, such as a text
+    beside a detector; `all_pairs`, else every entry against the first.
     Output: as in the module's docstring. A difference is b - a, and has `wins` and `losses` too. `coco` is None where boxes
     have no scores; with constant scores it holds means, and `coco_shuffled` minimum, mean and maximum of each over orders,
     with `precision_times_recall` beside them.
@@ -255,9 +256,15 @@ def _coco(entry: Entry, labels_asked: Sequence[str], allowed: bool, seed: int) -
     return {"coco": means, "coco_shuffled": shuffled}
 
 
+def without_scores(rows: Sequence[Row]) -> bool:
+    """Tell whether an entry has boxes and none has a score, as those of a text that was read without probabilities."""
+    found = [row.get("scores") is None for row in rows if row["boxes"]]
+    return bool(found) and all(found)
+
+
 def _above(rows: Sequence[Row], least: float | None, name: str) -> Sequence[Row]:
     """Leave out boxes with a score below the least; a row left without any is `none`."""
-    if least is None:
+    if least is None or without_scores(rows):
         return rows
     kept = []
     for row in rows:
@@ -265,7 +272,7 @@ def _above(rows: Sequence[Row], least: float | None, name: str) -> Sequence[Row]
             kept.append(row)
             continue
         if row.get("scores") is None:
-            raise ConfigError(f"{name}: its boxes have no scores", "leave --min-score out, or give it scores")
+            raise ConfigError(f"{name}: only some boxes have scores", "leave --min-score out, or give all a score")
         good = [i for i, score in enumerate(row["scores"]) if score >= least]
         part = {key: [row[key][i] for i in good] for key in ("boxes", "labels", "scores")}
         kept.append({**row, **part, "status": row["status"] if good or row["status"] != "ok" else "none"})
