@@ -276,6 +276,18 @@ def test_v02_is_obeyed() -> None:
     assert examined("V02", processor=processor, collate=make_collate(processor), settings={"max_pixels": 200_704}) == {}
 
 
+def test_v02_the_call_is_not_obeyed() -> None:
+    class Deaf(Qwen2VLImageProcessor):
+        def preprocess(self, images: Any, **more: Any) -> Any:
+            return super().preprocess(images, **{**more, "size": {"shortest_edge": 3136, "longest_edge": 1_003_520}})
+
+    processor = make_processor()
+    processor.image_processor = Deaf()
+    collate = make_collate(processor, size={"shortest_edge": 3136, "longest_edge": 200_704})
+    assert "in your collator's call" in examined("V02", processor=processor, collate=collate)["V02"]["evidence"]
+    assert examined("V02", collate=make_collate(size={"shortest_edge": 3136, "longest_edge": 200_704})) == {}
+
+
 def shrunk(image: Image.Image) -> Image.Image:
     image = image.copy()
     image.thumbnail((500, 500))
@@ -319,6 +331,15 @@ def test_v12_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MAX_PIXELS=200704" in found["V12"]["evidence"] and found["V01"]["consequence_of"] == "V12"
     processor = make_processor(3136, 200_704)
     assert examined("V12", processor=processor, collate=make_collate(processor)) == {}
+
+
+def test_v12_set_by_the_collator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def collate(examples: list[Any]) -> Any:
+        monkeypatch.setenv("MAX_PIXELS", "200704")
+        return make_collate(size={"shortest_edge": 3136, "longest_edge": 200_704})(examples)
+
+    monkeypatch.setenv("MAX_PIXELS", "")
+    assert "V12" in examined("V12", collate=collate)
 
 
 def test_v12_module(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,6 +398,15 @@ def of_the_next_row(row: dict[str, Any]) -> dict[str, Any]:
 )
 def test_v06(fields: dict[str, Any], cause: str) -> None:
     assert cause in examined("V06", **fields)["V06"]["cause"]
+
+
+def without_attention(batch: Any) -> Any:
+    return batch["attention_mask"] * (batch["input_ids"] != PROCESSOR.image_token_id)
+
+
+def test_v06_a_picture_that_is_masked_out() -> None:
+    found = examined("V06", collate=make_collate(after=with_key("attention_mask", without_attention)))
+    assert "exactly the same after a red and after a blue picture" in found["V06"]["evidence"]
 
 
 def as_fractions(image: Image.Image) -> torch.Tensor:
@@ -504,3 +534,8 @@ def test_v10() -> None:
     found = examined("V10", collate=make_collate(after=packed))["V10"]
     assert "logits of the second row differ" in found["evidence"]
     assert examined("V10") == {}
+
+
+def test_v10_borders_of_the_wrong_type() -> None:
+    borders = with_key("cu_seqlens", lambda batch: batch["attention_mask"].sum(1).cumsum(0))
+    assert "cu_seqlens is torch.int64" in examined("V10", collate=make_collate(after=borders))["V10"]["evidence"]

@@ -32,15 +32,16 @@ Size = tuple[int, int]
 
 @dataclass
 class Seen:
-    """What a picture processor got and made while it was watched: sizes (width, height), keyword arguments, grids."""
+    """What a picture processor got while it was watched: sizes (width, height), keyword arguments; and `asked`, those of the whole processor."""
 
     sizes: list[Size] = field(default_factory=list)
     keywords: list[dict[str, Any]] = field(default_factory=list)
+    asked: list[dict[str, Any]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Seen]:
-    """Note what any picture processor of transformers gets for the time of the block."""
+def watched(processor: Any = None) -> Iterator[Seen]:
+    """Note what any picture processor of transformers gets, and what the given processor is called with, for the time of the block."""
     seen = Seen()
     try:
         from transformers.image_processing_utils import BaseImageProcessor
@@ -54,11 +55,26 @@ def watched() -> Iterator[Seen]:
         seen.keywords.append(keywords)
         return original(self, images, *args, **keywords)
 
+    kind: Any = type(processor)
+    own = kind.__dict__.get("__call__")
+    whole = kind.__call__ if callable(processor) else None
+
+    def call_whole(self: Any, *args: Any, **keywords: Any) -> Any:
+        seen.asked.append({**keywords, **(keywords.get("images_kwargs") or {})})
+        return whole(self, *args, **keywords)  # type: ignore[misc]
+
     BaseImageProcessor.__call__ = call_and_note  # type: ignore[method-assign]
+    watchable = whole is not None and hasattr(processor, "image_processor")
+    if watchable:
+        kind.__call__ = call_whole
     try:
         yield seen
     finally:
         BaseImageProcessor.__call__ = original  # type: ignore[method-assign]
+        if watchable and own is not None:
+            kind.__call__ = own
+        elif watchable:
+            del kind.__call__
 
 
 def flat(images: Any) -> list[Any]:
@@ -184,7 +200,7 @@ def collate_drawn(
     Raises:
         NotAvailable: the collator or a picture is not there, or it raised: what it does to the user's own pictures is told by others.
     """
-    with Drawer() as drawer, watched() as seen:
+    with Drawer() as drawer, watched(evidence.subject.processor) as seen:
         raws = [drawer.replace(one.raw, picture) for one, picture in zip(examples, pictures, strict=True)]
         where = [
             f"{one.where}, its picture replaced by a drawn one of {p.width} x {p.height}"

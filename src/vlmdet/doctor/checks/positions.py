@@ -95,7 +95,12 @@ def positions_follow(evidence: Evidence) -> Outcome:
         return
     told = []
     for name, batch, size in zip(("wide", "tall"), batches, (WIDE, TALL), strict=True):
-        positions = _rope_index(tiny.model, batch, evidence.image_token_id())
+        try:
+            positions = _rope_index(tiny.model, batch, evidence.image_token_id())
+        except UserCodeError as error:
+            raise NotAvailable(
+                f"a get_rope_index that takes ids, grids and mask; it raised {error.text[:200]}"
+            ) from None
         text = _compare(evidence, batch, positions)
         if text:
             yield found(
@@ -172,6 +177,36 @@ def _compare(evidence: Evidence, batch: Batch, positions: np.ndarray) -> str:
         for name, line in zip(("frames", "rows", "columns"), got, strict=True)
     ]
     return f"{rows} rows and {columns} columns of image tokens have positions {', '.join(ends)}"
+
+
+def sees_picture(evidence: Evidence, red: Batch, blue: Batch) -> tuple[str, str] | None:
+    """Compare what a small model expects next after two batches that differ in their pixels only.
+
+    Output: ("V06" or "V05", evidence) where it is the same or the model refuses the batch; None where it differs, or cannot be had.
+    """
+    import torch
+
+    if red.ids != blue.ids:
+        return None
+    outputs = []
+    try:
+        model: Any = evidence.tiny().model
+        for batch in (red, blue):
+            given = _tensors(evidence, batch)
+            if getattr(model.config, "is_encoder_decoder", False):
+                return None
+            with torch.no_grad():
+                outputs.append(as_array(call("model", model, **given).logits)[0])
+    except NotAvailable:
+        return None
+    except UserCodeError as error:
+        low = error.text.lower()
+        return ("V05", error.text) if "features" in low and "tokens" in low and "match" in low else None
+    real = [i for i, one in enumerate(red.mask[0]) if one] or [len(red.ids[0]) - 1]
+    difference = float(np.abs(outputs[0][real[-1]] - outputs[1][real[-1]]).max())
+    if difference > 0:
+        return None
+    return "V06", "logits of the last token are exactly the same after a red and after a blue picture"
 
 
 # ---- V09 ------------------------------------------------------------------------------------------------------------
@@ -290,21 +325,21 @@ def not_packed(evidence: Evidence) -> Outcome:
         )
     except UserCodeError:
         raise NotAvailable("a collator that takes two rows") from None
-    if len(batch.ids) != 1:
-        yield looked("V10", f"two rows give a batch of {len(batch.ids)}: nothing is packed")
-        return
     borders = {
         str(key): str(getattr(batch.raw[key], "dtype", ""))
         for key in list(batch.raw.keys())
         if str(key).startswith("cu_seq")
     }
     wrong = {key: kind for key, kind in borders.items() if "int32" not in kind}
-    leak = _leak(evidence, pair, batch)
+    if len(batch.ids) != 1 and not wrong:
+        yield looked("V10", f"two rows give a batch of {len(batch.ids)}: nothing is packed")
+        return
+    leak = _leak(evidence, pair, batch) if len(batch.ids) == 1 else ""
     if wrong or leak or not borders:
         yield found(
             "V10",
             where=place_of(evidence.subject.collate),
-            evidence=f"two rows give one of {len(batch.ids[0])} tokens"
+            evidence=f"two rows give {len(batch.ids)} of {len(batch.ids[0])} tokens"
             + (f"; {', '.join(f'{key} is {kind}, not int32' for key, kind in wrong.items())}" if wrong else "")
             + (f"; {leak}" if leak else "")
             + ("" if borders else "; the batch has no cu_seq_lens: nothing tells attention where a row ends"),

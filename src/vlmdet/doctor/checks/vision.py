@@ -159,6 +159,19 @@ def pictures_arrive(evidence: Evidence) -> Outcome:
             cause="the picture of the row does not reach the batch: the same pixels whatever the picture is",
         )
         return
+    if other is not None:
+        blind = positions.sees_picture(
+            evidence, single[0], collate_drawn(evidence, pair[:1], [plain_picture(*SIZES[0], BLUE)], "one row")[0]
+        )
+        if blind is not None:
+            cause = (
+                "the model refuses the batch"
+                if blind[0] == "V05"
+                else "the picture does not reach the text: masked out, or left aside by the model"
+            )
+            yield found(blind[0], where=f"{place}, on a small model", evidence=blind[1], cause=cause, certainty=0.9)
+            if blind[0] == "V06":
+                return
     with contextlib.suppress(NotAvailable):  # rows that cannot be put together are told as V11
         yield from _order(evidence, pair, red, blue, single, place)
     yield looked("V06", f"pixel values follow the picture: {told}")
@@ -357,7 +370,7 @@ def _values(evidence: Evidence, values: list[np.ndarray | None], single: list[Ba
         evidence=f"drawn pictures of one colour through your collator: {told} (median of each channel; all values from {low:.2f} to {high:.2f}); "
         f"right are {_three(made(right[1])[0])} and {_three(made(right[1])[1])}",
         cause=cause,
-        certainty=1.0 if distance < 0.06 else 0.7,
+        certainty=1.0 if distance < 0.06 else 0.9,
     )
 
 

@@ -232,6 +232,7 @@ class Probe:
     collated: Grid | None
     alone: Grid | None
     keywords: dict[str, Any]
+    asked: dict[str, Any]
 
 
 @once
@@ -249,25 +250,27 @@ def probe(evidence: Evidence) -> Probe:
     picture = plain_picture(*size, (60, 140, 200))
     collated: Grid | None = None
     keywords: dict[str, Any] = {}
+    asked: dict[str, Any] = {}
     try:
         chosen = one_picture(evidence.examples())[:1]
         if chosen:
             batch, seen = collate_drawn(evidence, chosen, [picture], "a large drawn picture")
             collated = batch.grids[0] if batch.grids and len(batch.grids) == 1 else None
             keywords = _size_keywords(seen.keywords[-1]) if seen.keywords else {}
+            asked = _size_keywords(seen.asked[-1]) if seen.asked else {}
     except (NotAvailable, UserCodeError):
         pass  # no collator, or one that cuts or refuses so long a row: other checks tell of that
     alone = processor_grid(evidence.subject.processor, picture) if evidence.subject.processor is not None else None
     if collated is None and alone is None:
         raise NotAvailable("a processor with image_grid_thw")
-    return Probe(size, collated, alone, keywords)
+    return Probe(size, collated, alone, keywords, asked)
 
 
 def limit_obeyed(evidence: Evidence) -> Outcome:
     """V02: a picture over max_pixels comes out within it."""
-    told = claimed(evidence)
+    told = claimed(evidence) or _asked(evidence)
     if told is None:
-        yield skipped("V02", "settings['max_pixels']")
+        yield skipped("V02", "settings['max_pixels'], or a collator that sets it")
         return
     patch = patch_of(evidence.subject.processor)
     if patch is None:
@@ -302,6 +305,18 @@ def limit_obeyed(evidence: Evidence) -> Outcome:
         yield looked("V02", lines)
 
 
+def _asked(evidence: Evidence) -> tuple[float, str] | None:
+    """Return the max_pixels that the collator asks the processor for."""
+    try:
+        asked = probe(evidence).asked
+    except (NotAvailable, UserCodeError):
+        return None
+    for name, value in _limits_in(asked):
+        if name == "max_pixels":
+            return value, f"max_pixels={value:.0f} in your collator's call of the processor"
+    return None
+
+
 # ---- V12: limits of the environment ---------------------------------------------------------------------------------
 
 
@@ -327,14 +342,18 @@ def outside_limits(evidence: Evidence) -> Iterator[tuple[str, float]]:
             number = _number(vars(module).get(variable))
             if number is not None and number != usual:
                 yield f"{name}.{variable}={number:.0f}", number * unit
+    large: Probe | None = None
+    with contextlib.suppress(NotAvailable, UserCodeError):
+        large = probe(evidence)
+    if large is None or large.collated is None or large.alone is None or not _far(large.collated, large.alone):
+        return  # a constant of the user's module counts only where training shows other sizes than the processor makes
     for function in (evidence.subject.collate, evidence.subject.convert):
-        target = getattr(function, "__func__", function)
-        names = getattr(target, "__globals__", None) or vars(
-            sys.modules.get(getattr(type(target), "__module__", ""), object)
-        )
-        number = _number(names.get("MAX_PIXELS")) if isinstance(names, Mapping) else None
-        if number is not None:
-            yield f"{names.get('__name__', 'module')}.MAX_PIXELS={number:.0f}", number
+        target = getattr(function, "func", function)
+        name = getattr(target, "__module__", None) or type(target).__module__
+        names = getattr(target, "__globals__", None) or vars(sys.modules.get(name, object))
+        if (number := _number(names.get("MAX_PIXELS"))) is not None:
+            yield f"{name}.MAX_PIXELS={number:.0f}", number
+            return
 
 
 def _number(value: Any) -> float | None:
@@ -347,6 +366,8 @@ def _number(value: Any) -> float | None:
 
 def limit_saved(evidence: Evidence) -> Outcome:
     """V12: a limit set by environment or module variable is also in the processor that is saved."""
+    with contextlib.suppress(NotAvailable, UserCodeError):
+        evidence.batches()  # a collator may set the variable when it is made or called
     outside = list(outside_limits(evidence))
     own = own_limit(evidence, "max_pixels")
     saved: dict[str, float] = {} if own is None else {"your processor, as it is saved": own}
