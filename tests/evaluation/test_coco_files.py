@@ -274,6 +274,7 @@ def test_truth_with_less_in_it(read: Any) -> None:
         ({"categories": TRUTH["categories"] * 2}, "categories share an id"),
         ({"images": [{"file_name": "a.jpg"}]}, "have no id"),
         ({"images": None}, "no list 'images'"),
+        ({"annotations": None}, "no list 'annotations'"),
         ({"images": TRUTH["images"][:1]}, "2 without a usable image"),
         ({"categories": TRUTH["categories"][:1]}, "2 without a usable category"),
     ],

@@ -91,6 +91,11 @@ def read_truth(path: str | Path, *, drop_unusable: bool = False) -> Truth:
     content = _read_json(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("images"), list):
         raise DataError(f"{path}: is no COCO truth: it has no list 'images'", "name the file with the annotations")
+    if not isinstance(content.get("annotations"), list):
+        raise DataError(
+            f"{path}: has pictures and no list 'annotations', so nothing is known to be true of them",
+            "name the file with the annotations",
+        )
     images = _objects(path, content, "images")
     annotations = _objects(path, content, "annotations")
     notes: list[str] = []
