@@ -218,6 +218,11 @@ def test_what_cannot_be_used_is_counted_and_never_dropped_in_silence(read: Any, 
         ([1, 2], "is no list of results"),
         (changed(bbox=lambda b: {"bbox": [0.1, 0.1, 0.3, 0.4]}), "these are no pixels"),
         (changed(bbox=lambda b: {"bbox": [60, 60, 90, 95]}), "--box-format xyxy/pixel"),
+        # one of many reaches out as corners, too: a detector that does not clip
+        (
+            changed(bbox=lambda b: {"bbox": [60, 60, 90, 95]}) * 10 + [{**GOOD[0], "bbox": [60, 60, 250, 90]}],
+            "and 1 do not",
+        ),
         (changed(bbox=lambda b: {"bbox": [60, 60, -9, 5]}), "negative side"),
     ],
 )
