@@ -32,7 +32,7 @@ Size = tuple[int, int]
 
 @dataclass
 class Seen:
-    """What a picture processor got while it was watched: sizes (width, height), keyword arguments; and `asked`, those of the whole processor."""
+    """What picture processors got: sizes (width, height) and keyword arguments; `asked`, those of the whole processor."""
 
     sizes: list[Size] = field(default_factory=list)
     keywords: list[dict[str, Any]] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Seen:
 
 @contextlib.contextmanager
 def watched(processor: Any = None) -> Iterator[Seen]:
-    """Note what any picture processor of transformers gets, and what the given processor is called with, for the time of the block."""
+    """Note what picture processors of transformers get, and what the given processor is called with, in the block."""
     seen = Seen()
     try:
         from transformers.image_processing_utils import BaseImageProcessor
@@ -198,7 +198,7 @@ def collate_drawn(
     """Collate converted rows with drawn pictures in place of their own.
 
     Raises:
-        NotAvailable: the collator or a picture is not there, or it raised: what it does to the user's own pictures is told by others.
+        NotAvailable: the collator or a picture is not there, or it raised: what it does to own pictures is told elsewhere.
     """
     with Drawer() as drawer, watched(evidence.subject.processor) as seen:
         raws = [drawer.replace(one.raw, picture) for one, picture in zip(examples, pictures, strict=True)]

@@ -1,4 +1,4 @@
-"""Positions of image tokens, what is kept between calls, and rows packed together: on a small model of the user's architecture (V08 to V10).
+"""Positions of image tokens, what is kept between calls, and rows packed together, on a small model (V08 to V10).
 
 When: by `checks/vision.py`, after pictures were looked at. torch is used through the small model only.
 """
@@ -54,7 +54,10 @@ def positions_follow(evidence: Evidence) -> Outcome:
         yield found(
             "V08",
             where=f"transformers {version}",
-            evidence=f"transformers {version} with {evidence.family()}; releases {_version(FAULTY[0])} to {_version(FAULTY[1])} are faulty",
+            evidence=(
+                f"transformers {version} with {evidence.family()}; releases {_version(FAULTY[0])} to "
+                f"{_version(FAULTY[1])} are faulty"
+            ),
             cause="these releases compute positions of image tokens wrongly",
             certainty=0.8,
         )
@@ -70,7 +73,10 @@ def positions_follow(evidence: Evidence) -> Outcome:
             yield found(
                 "V08",
                 where=f"{place}, image_grid_thw",
-                evidence=f"a {name} picture of {size[0]} x {size[1]}: image_grid_thw {tuple(grid)} in your batch (frames, rows, columns)"
+                evidence=(
+                    f"a {name} picture of {size[0]} x {size[1]}: image_grid_thw {tuple(grid)} in your "
+                    "batch (frames, rows, columns)"
+                )
                 + (f", {alone} by your processor alone" if alone else ""),
                 cause="rows and columns are exchanged in the grid, so positions run along the wrong axis",
             )
@@ -124,7 +130,10 @@ def _wrong_in_batch(evidence: Evidence, batch: Batch, size: tuple[int, int]) -> 
     if kinds is not None and token is not None:
         marked, ids = as_array(kinds)[0], np.array(batch.ids[0])
         if len(marked) == len(ids) and (ids == token).any() and not marked[ids == token].all():
-            return f"mm_token_type_ids is 0 at {int((marked[ids == token] == 0).sum())} of {int((ids == token).sum())} image tokens"
+            return (
+                f"mm_token_type_ids is 0 at {int((marked[ids == token] == 0).sum())} of "
+                f"{int((ids == token).sum())} image tokens"
+            )
     given = batch.raw["position_ids"] if "position_ids" in batch.raw.keys() else None  # noqa: SIM118
     if given is None or "qwen" not in evidence.family():
         return ""
@@ -182,7 +191,7 @@ def _compare(evidence: Evidence, batch: Batch, positions: np.ndarray) -> str:
 def sees_picture(evidence: Evidence, red: Batch, blue: Batch) -> tuple[str, str] | None:
     """Compare what a small model expects next after two batches that differ in their pixels only.
 
-    Output: ("V06" or "V05", evidence) where it is the same or the model refuses the batch; None where it differs, or cannot be had.
+    Output: ("V06" or "V05", evidence) where it is the same or the batch is refused; None where it differs, or cannot be had.
     """
     import torch
 
@@ -251,7 +260,8 @@ def nothing_kept(evidence: Evidence) -> Outcome:
                 continue
             if difference > 1e-3 * max(1.0, float(np.abs(alone).max())):
                 wrong.append(
-                    f"{names}: logits of {what} on the second differ by {difference:.3g} from those of a model that saw only it"
+                    f"{names}: logits of {what} on the second differ by {difference:.3g} from those of a model "
+                    "that saw only it"
                 )
             if what == "generate":
                 speaker = copy.deepcopy(model)
@@ -307,8 +317,14 @@ def not_packed(evidence: Evidence) -> Outcome:
         yield found(
             "V10",
             where=told[0],
-            evidence=f"{', '.join(told)}, and rows hold pictures ({pictures} in the first {min(50, len(evidence.examples()))} rows)",
-            cause="several rows become one sequence: positions of image tokens and the borders of attention no longer fit each row",
+            evidence=(
+                f"{', '.join(told)}, and rows hold pictures ({pictures} in the first "
+                f"{min(50, len(evidence.examples()))} rows)"
+            ),
+            cause=(
+                "several rows become one sequence: positions of image tokens and the borders of attention no "
+                "longer fit each row"
+            ),
             certainty=0.9,
         )
         return

@@ -1,7 +1,7 @@
 """Checks of the stage vision: sizes, numbers and colours of pictures as the user's collator hands them to the model.
 
-When: after the labels. Sizes are looked at in `vision_sizes`, positions and generation in `positions`; here pictures are exchanged and
-coloured, and the batch must follow.
+When: after the labels. Sizes are looked at in `vision_sizes`, positions and generation in `positions`; here pictures are
+exchanged and coloured, and the batch must follow.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def tokens_match_patches(evidence: Evidence) -> Outcome:
         yield found(
             "V05",
             where=f"{where} in batch '{name}'",
-            evidence=f"{have} image tokens (or patches) where image_grid_thw {[tuple(one) for one in grids]} with merge size {merge} makes {wanted}; "
+            evidence=f"{have} image tokens (or patches) where image_grid_thw {[tuple(one) for one in grids]} "
+            f"with merge size {merge} makes {wanted}; "
             f"the row is {length} tokens long; so in {len(wrong)} of {looked_at} rows",
             cause="the row was cut, or the placeholders were not expanded to this picture's grid",
         )
@@ -114,7 +115,8 @@ def pictures_arrive(evidence: Evidence) -> Outcome:
         yield found(
             "V06",
             where=f"{place}, batch '{bare[0].name}'",
-            evidence=f"{sum(bare[0].pictures)} pictures in the row, no pixel_values in the batch (it has {keys}); so in {len(bare)} of "
+            evidence=f"{sum(bare[0].pictures)} pictures in the row, no pixel_values in the batch (it has "
+            f"{keys}); so in {len(bare)} of "
             f"{len(batches)} batches",
             cause="the collator does not hand pictures to the model",
         )
@@ -155,7 +157,10 @@ def pictures_arrive(evidence: Evidence) -> Outcome:
         yield found(
             "V06",
             where=place,
-            evidence=f"a red and a blue picture of the same size, each alone through your collator: equal pixel values ({told}, median of each channel)",
+            evidence=(
+                "a red and a blue picture of the same size, each alone through your collator: equal pixel "
+                f"values ({told}, median of each channel)"
+            ),
             cause="the picture of the row does not reach the batch: the same pixels whatever the picture is",
         )
         return
@@ -217,7 +222,8 @@ def _order(evidence: Evidence, pair: list[Any], red: Any, blue: Any, single: lis
             yield found(
                 "V06",
                 where=place,
-                evidence=f"a red picture of {red.size[0]} x {red.size[1]} in the first row and a blue one of {blue.size[0]} x {blue.size[1]} in the "
+                evidence=f"a red picture of {red.size[0]} x {red.size[1]} in the first row and a blue one of "
+                f"{blue.size[0]} x {blue.size[1]} in the "
                 f"second: grids {batch.grids} together, {grids} alone",
                 cause="pictures of a batch are not in the order of its rows"
                 if batch.grids == exchanged
@@ -238,7 +244,8 @@ def _order(evidence: Evidence, pair: list[Any], red: Any, blue: Any, single: lis
     yield found(
         "V06",
         where=place,
-        evidence=f"a red picture in the first row and a blue one in the second, through your collator: first row {_three(got[0])}, second "
+        evidence="a red picture in the first row and a blue one in the second, through your collator: first "
+        f"row {_three(got[0])}, second "
         f"{_three(got[1])}; alone red is {_three(alone[0])}, blue {_three(alone[1])} (median of each channel)",
         cause="pictures of a batch are not in the order of its rows"
         if swapped
@@ -367,7 +374,8 @@ def _values(evidence: Evidence, values: list[np.ndarray | None], single: list[Ba
     yield found(
         "V07",
         where=place,
-        evidence=f"drawn pictures of one colour through your collator: {told} (median of each channel; all values from {low:.2f} to {high:.2f}); "
+        evidence=f"drawn pictures of one colour through your collator: {told} (median of each channel; all "
+        f"values from {low:.2f} to {high:.2f}); "
         f"right are {_three(made(right[1])[0])} and {_three(made(right[1])[1])}",
         cause=cause,
         certainty=1.0 if distance < 0.06 else 0.9,
@@ -425,7 +433,10 @@ def rows_together(evidence: Evidence) -> Outcome:
             yield found(
                 "V11",
                 where=f"{place}, {names[i]}",
-                evidence=f"{names[i]} together with {', '.join(names[:i] + names[i + 1 :])}: {lengths}; first difference at {_first(kept[0], single[0])}",
+                evidence=(
+                    f"{names[i]} together with {', '.join(names[:i] + names[i + 1 :])}: {lengths}; first "
+                    f"difference at {_first(kept[0], single[0])}"
+                ),
                 cause="a row changes when rows of other lengths are beside it",
                 severity=3,
             )
@@ -435,14 +446,18 @@ def rows_together(evidence: Evidence) -> Outcome:
             yield found(
                 "V11",
                 where=f"{place}, {names[i]}",
-                evidence=f"{names[i]}: {counts[0]} tokens carry loss alone, {counts[1]} beside {', '.join(names[:i] + names[i + 1 :])}",
+                evidence=(
+                    f"{names[i]}: {counts[0]} tokens carry loss alone, {counts[1]} beside "
+                    f"{', '.join(names[:i] + names[i + 1 :])}"
+                ),
                 cause="which tokens of a row carry loss depends on the rows beside it",
                 certainty=0.6,
             )
             return
     yield looked(
         "V11",
-        f"{len(chosen)} rows of {', '.join(str(sum(row)) for row in batch.mask)} tokens together are what they are alone",
+        f"{len(chosen)} rows of {', '.join(str(sum(row)) for row in batch.mask)} tokens together are what they "
+        "are alone",
     )
 
 

@@ -186,7 +186,7 @@ def _limits_in(value: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def own_limit(evidence: Evidence, option: str) -> float | None:
-    """Return the limit that the processor itself carries; an attribute set on it comes before its `size`, as transformers 5 reads it."""
+    """Return the limit that the processor carries; an attribute comes before its `size`, as transformers 5 reads it."""
     images = getattr(evidence.subject.processor, "image_processor", None)
     value = vars(images).get(option) if hasattr(images, "__dict__") else None
     if isinstance(value, (int, float)) and value > 0:
@@ -281,7 +281,8 @@ def limit_obeyed(evidence: Evidence) -> Outcome:
     assert grid is not None
     path = "your collator" if seen.collated else "the processor"
     pixels = area(grid, patch)
-    lines = f"{text}; a drawn picture of {seen.size[0]} x {seen.size[1]} through {path}: grid {shown(grid, patch)} = {pixels:,} pixels"
+    lines = f"{text}; a drawn picture of {seen.size[0]} x {seen.size[1]} through {path}: grid "
+    f"{shown(grid, patch)} = {pixels:,} pixels"
     own = processor_limits(evidence.subject.processor)[1]
     more = f"; size['longest_edge'] of its picture processor is {own:,.0f}" if own else ""
     tokens = pixels // (patch * merge_of(evidence.subject.processor)) ** 2
@@ -290,7 +291,9 @@ def limit_obeyed(evidence: Evidence) -> Outcome:
             "V02",
             where=text,
             evidence=f"{lines}, {tokens:,} image tokens{more}",
-            cause="the option does not reach the resize: the picture processor goes by its `size`, or by its own default",
+            cause=(
+                "the option does not reach the resize: the picture processor goes by its `size`, or by its own default"
+            ),
             certainty=1.0 if seen.collated else 0.7,
         )
     elif pixels < 0.5 * min(limit, seen.size[0] * seen.size[1]):
@@ -391,7 +394,9 @@ def limit_saved(evidence: Evidence) -> Outcome:
                 "V12",
                 where=text.partition("=")[0],
                 evidence=f"{text}, and {lines}" + _measured(evidence),
-                cause="the limit lives in this process only: whoever loads the saved processor gets other picture sizes",
+                cause=(
+                    "the limit lives in this process only: whoever loads the saved processor gets other picture sizes"
+                ),
             )
             return
     told = training_limit(evidence, "max_pixels")
@@ -399,7 +404,10 @@ def limit_saved(evidence: Evidence) -> Outcome:
         yield found(
             "V12",
             where=bare[0],
-            evidence=f"{told[1]} in training; {bare[0]} holds a preprocessor_config.json without size, min_pixels and max_pixels",
+            evidence=(
+                f"{told[1]} in training; {bare[0]} holds a preprocessor_config.json without size, "
+                "min_pixels and max_pixels"
+            ),
             cause="the limit was never written into the processor's configuration",
             certainty=0.7,
         )
@@ -447,9 +455,14 @@ def resized_once(evidence: Evidence) -> Outcome:
     who = "your converter" if before is not None and set(before) != set(one.original) else "your collator"
     yield found(
         "V03",
-        where=f"{place_of(evidence.subject.convert if who == 'your converter' else evidence.subject.collate)}, {one.example.where}",
-        evidence=f"{one.original[0]} x {one.original[1]} in the data -> {entered[0]} x {entered[1]} by {who} -> {final[0]} x {final[1]} by the "
-        f"processor; resized once it is {planned[2] * patch} x {planned[1] * patch}. So on {len(bad)} of {len(rows)} rows",
+        where=(
+            f"{place_of(evidence.subject.convert if who == 'your converter' else evidence.subject.collate)}, "
+            f"{one.example.where}"
+        ),
+        evidence=f"{one.original[0]} x {one.original[1]} in the data -> {entered[0]} x {entered[1]} by {who} -> "
+        f"{final[0]} x {final[1]} by the "
+        f"processor; resized once it is {planned[2] * patch} x {planned[1] * patch}. So on {len(bad)} of "
+        f"{len(rows)} rows",
         cause=f"{who} resizes a picture that the processor resizes again, under other limits or rounding",
         severity=3 if _absolute(evidence) or loss(one.grid, planned) > 0.29 else 2,
         certainty=0.9,
@@ -520,7 +533,8 @@ def _told_differ(evidence: Evidence) -> Iterator[_Difference]:
                 certain,
                 f"{train[1]} and {one.text}",
                 f"training: {train[1]}; {one.path}: {paths}{effect}",
-                f"{option} of {', '.join(each.path for each in wrong)} is not that of training: the model sees objects at another size",
+                f"{option} of {', '.join(each.path for each in wrong)} is not that of training: the model sees "
+                "objects at another size",
             )
 
 
@@ -546,7 +560,8 @@ def _both_grids(evidence: Evidence, option: str, train: float, other: float) -> 
         if len(grids) == 2 and grids[0] != grids[1]:
             (aw, ah), (bw, bh) = grids
             tokens = [w * h // factor**2 for w, h in grids]
-            text = f"\n{whose} picture of {size[0]} x {size[1]}: {aw} x {ah} ({tokens[0]} tokens) and {bw} x {bh} ({tokens[1]} tokens)"
+            text = f"\n{whose} picture of {size[0]} x {size[1]}: {aw} x {ah} ({tokens[0]} tokens) and {bw} x "
+            f"{bh} ({tokens[1]} tokens)"
             return text, 1.0 if whose == "your" else 0.8
     return "", 0.5
 
@@ -594,7 +609,8 @@ def _collator_differs(evidence: Evidence, rows: list[Passed]) -> Iterator[_Diffe
         arguments = f"; it was called with {one.keywords}" if one.keywords else ""
         certain = 0.9 if not 0.8 < ratio < 1.25 else 0.5
         evidence_text = (
-            f"{one.example.where}, {one.original[0]} x {one.original[1]}: your collator makes grid {shown(one.grid, patch)}, your processor "
+            f"{one.example.where}, {one.original[0]} x {one.original[1]}: your collator makes grid "
+            f"{shown(one.grid, patch)}, your processor "
             f"by itself {shown(one.alone, patch)}{arguments}; so on {len(bad)} of {len(rows)} rows"
         )
         if certain < 0.6:
@@ -603,7 +619,8 @@ def _collator_differs(evidence: Evidence, rows: list[Passed]) -> Iterator[_Diffe
         arguments = f"; it was called with {large.keywords}" if large.keywords else ""
         certain = 0.8
         evidence_text = (
-            f"a drawn picture of {large.size[0]} x {large.size[1]}: your collator makes grid {shown(large.collated, patch)}, your processor by "
+            f"a drawn picture of {large.size[0]} x {large.size[1]}: your collator makes grid "
+            f"{shown(large.collated, patch)}, your processor by "
             f"itself {shown(large.alone, patch)}{arguments}; your own pictures are too small to differ"
         )
     else:
@@ -641,7 +658,8 @@ def _render_differs(evidence: Evidence, rows: list[Passed]) -> Iterator[_Differe
         yield (
             0.95,
             f"your render, {place_of(evidence.subject.render)}",
-            f"{one.example.where}, {one.original[0]} x {one.original[1]}: in training grid {shown(one.grid, patch)}, at inference "
+            f"{one.example.where}, {one.original[0]} x {one.original[1]}: in training grid "
+            f"{shown(one.grid, patch)}, at inference "
             f"{shown(grid, patch)}{told}; so on {len(bad)} of {len(rows)} rows",
             "pictures are resized to other sizes at inference than in training",
         )
@@ -724,7 +742,8 @@ def tokens_per_picture(evidence: Evidence) -> Outcome:
     if not tokens:
         raise NotAvailable("pictures that can be resized")
     middle, most = np.percentile(tokens, (50, 99))
-    told = f"{len(tokens)} pictures: {middle:,.0f} image tokens at the median, {most:,.0f} at the 99th percentile ({source})"
+    told = f"{len(tokens)} pictures: {middle:,.0f} image tokens at the median, {most:,.0f} at the 99th "
+    f"percentile ({source})"
     if most > MANY:
         yield found(
             "V04",
