@@ -22,7 +22,7 @@ from typing import Any
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError
 from vlmdet.doctor.catalogue import ENTRIES
-from vlmdet.doctor.checks import STAGES, Check, checks_of
+from vlmdet.doctor.checks import STAGES, Check, all_checks, checks_of
 from vlmdet.doctor.evidence import Evidence
 from vlmdet.doctor.findings import Checked, Finding, NotRun, Report, finding_from_dict, rank
 from vlmdet.doctor.foreign import foreign_finding
@@ -347,6 +347,7 @@ def _report(
     known = {one for check in checks for one in check.ids}
     if only is None:
         stages = {ENTRIES[one].stage for one in known}
+        known |= {one for check in all_checks() for one in check.ids}  # of stages that were not asked for
         for entry in ENTRIES.values():
             if entry.id not in known and entry.stage in stages:
                 not_run.setdefault(

@@ -245,13 +245,15 @@ def _areas_meant(evidence: Evidence, areas: set[str], where: str) -> Outcome:
 # ---- freeze policies --------------------------------------------------------------------------------------------------
 
 
-@check("M06", needs=("settings|build_trainer",))
+@check("M06", "M14", needs=("settings|build_trainer",))
 def freeze_policy(evidence: Evidence) -> Outcome:
     """Match each pattern of a freeze policy against the parameters, and compare what trains with what the settings say."""
     patterns = _policy(evidence)
     wished = list(wishes(evidence))
     if not patterns and not wished and trainer_of(evidence) is None:
-        raise NotAvailable("patterns of a freeze policy in the settings, or a trainer")
+        yield skipped("M06", "patterns of a freeze policy in the settings, or a trainer")
+        yield skipped("M14", "target_modules, or a trainer")
+        return
     model = model_of(evidence)
     live = model is not None
     if model is None and (patterns or wished):
@@ -297,6 +299,15 @@ def freeze_policy(evidence: Evidence) -> Outcome:
         return
     if live and trainer_of(evidence) is not None:
         trained = _trained(evidence)
+        if not carries_adapter(model) and all(trained.get(area, (0, 0))[0] for area in ("vision", "language")):
+            some, total = trained.get("merger", (0, 0))
+            if total and not some:
+                yield found(
+                    "M14",
+                    where="build_trainer",
+                    evidence=f"after the trainer is built: {told(trained)}",
+                    cause="vision and language train, and the projector between them is frozen",
+                )
         for area, train, option in wished:
             some, total = trained.get(area, (0, 0))
             if (

@@ -1,7 +1,8 @@
 """Checks of the stage model: what trains once the trainer is built, on which model, and in which precision its parts lie.
 
 When: CHECK BEFORE TRAINING. The user's trainer is built on a small random model of his architecture; without a trainer
-a model that was passed is looked at. Target and freeze patterns are in `adapters`, three steps in `steps`, precision in `precision`, saved
+a model that was passed is looked at. Target and freeze patterns are in `adapters`, three steps in `steps`, precision in
+`precision`, saved
 adapters in `saved_adapters`.
 """
 
@@ -73,19 +74,28 @@ def after_building(evidence: Evidence) -> Outcome:
             cause="a freeze policy that covers everything, or a second preparation of the model, undid what "
             "was to train",
         )
-    elif trainable == 0 and evidence.subject.build_trainer is None and carries_adapter(model):
+    elif trainable == 0 and evidence.subject.build_trainer is None and _is_to_train(evidence, model):
         yield found(
             "M01",
             where=where,
             evidence=f"no parameter is trainable; {shown}",
             certainty=0.9,
-            cause="the adapter was loaded for inference (is_trainable=False), or frozen after it was made",
+            cause="a freeze policy that covers everything, or a second preparation of the model, undid what "
+            "was to train",
         )
     elif trainable or built is not None:
         yield looked("M01", shown)
     else:
         yield skipped("M01", "build_trainer: a model in evaluation need not train")
     yield from _earlier_adapter(evidence, model, where)
+
+
+def _is_to_train(evidence: Evidence, model: Any) -> bool:
+    """Tell whether a model without a trainer is meant for training: its adapter was made for it, or the settings have a rate."""
+    configs = adapter_configs(model)
+    if configs:
+        return not all(getattr(config, "inference_mode", False) for config in configs.values())
+    return "learning_rate" in evidence.options
 
 
 def _known_release(evidence: Evidence) -> Outcome:
@@ -146,6 +156,13 @@ def _another_model(evidence: Evidence) -> tuple[str, str, float] | None:
             f"models loaded, in order: {names}; number {adapted[0] + 1} got the adapter, and the trainer's "
             "model carries none",
             "the model was loaded again after get_peft_model, or the plain one was passed",
+            1.0,
+        )
+    if built.loads.wrapped:
+        return (
+            f"{len(built.loads.wrapped)} PeftModel was made, and the trainer's model is a "
+            f"{type(model).__name__} without an adapter",
+            "the trainer was given another model object than the one that get_peft_model returned",
             1.0,
         )
     lora = [

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError
 from vlmdet.doctor.checks import Check, Outcome, check, found, looked
-from vlmdet.doctor.checks.built import modules_of
+from vlmdet.doctor.checks.built import adapter_configs, carries_adapter, modules_of
 from vlmdet.doctor.checks.targets import layer_of
 
 if TYPE_CHECKING:
@@ -129,6 +129,28 @@ def _absent_layers(evidence: Evidence, lora: Mapping[str, Any]) -> tuple[list[st
     known = {re.sub(r"\.\d+(?=\.|$)", ".N", name) for name in modules}
     layers = {layer_of(key) for key in lora}
     return sorted(one for one in layers if re.sub(r"\.\d+(?=\.|$)", ".N", one) not in known), len(layers)
+
+
+@check("M10", needs=("model",))
+def loaded_adapter(evidence: Evidence) -> Outcome:
+    """See whether the adapter of a model that was passed, loaded for inference, changes anything."""
+    model = evidence.subject.model
+    configs = adapter_configs(model)
+    if not carries_adapter(model) or not all(getattr(one, "inference_mode", False) for one in configs.values()):
+        raise NotAvailable("a model with an adapter that was loaded for inference")
+    norms = {name: float(one.detach().float().norm()) for name, one in model.named_parameters() if "lora_B" in name}
+    off = [name for name, one in model.named_modules() if getattr(one, "disable_adapters", False) is True]
+    if norms and (not any(norms.values()) or off):
+        cause = "its weights were not found in the file under the names of this model, so they are as they begin"
+        yield found(
+            "M10",
+            where="model",
+            evidence=f"{sum(not norm for norm in norms.values())} of {len(norms)} LoRA B are 0; {len(off)} "
+            "layers have it switched off",
+            cause="the adapter is switched off" if off else cause,
+        )
+        return
+    yield looked("M10", f"{len(norms)} LoRA B, largest norm {max(norms.values(), default=0):.3g}")
 
 
 @check("M11", needs=("artefacts|run_dir",))
@@ -288,4 +310,4 @@ def _other_weights(recorded: str, base: Artefact | None) -> str:
     return ""
 
 
-CHECKS: tuple[Check, ...] = (adapter_acts, adapter_on_its_base)
+CHECKS: tuple[Check, ...] = (adapter_acts, loaded_adapter, adapter_on_its_base)

@@ -33,6 +33,7 @@ class Loads:
         made: the models that were returned, in order.
         arguments: the training arguments as the user wrote them, before they were made harmless.
         adapters: names of adapters that were loaded from files.
+        wrapped: the PeftModels that were made.
         given: of each trainer of TRL, whether its model carried an adapter already, and whether a `peft_config` came with it.
     """
 
@@ -40,6 +41,7 @@ class Loads:
     made: list[Any] = field(default_factory=list)
     arguments: list[dict[str, Any]] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
+    wrapped: list[Any] = field(default_factory=list)
     given: list[tuple[bool, bool]] = field(default_factory=list)
 
 
@@ -164,7 +166,15 @@ def _watch_adapters(loads: Loads, put: Callable[[Any, str, Any], None]) -> None:
         loads.adapters.append(str(model_id))
         return original(cls, model, model_id, *args, **keywords)
 
+    wrap = PeftModel.__init__
+
+    @functools.wraps(wrap)
+    def wrap_model(self: Any, *args: Any, **keywords: Any) -> None:
+        wrap(self, *args, **keywords)
+        loads.wrapped.append(self)
+
     put(PeftModel, "from_pretrained", classmethod(load_adapter))
+    put(PeftModel, "__init__", wrap_model)
     if "trl" not in sys.modules:
         return
     from trl import SFTTrainer
