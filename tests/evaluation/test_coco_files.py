@@ -242,6 +242,33 @@ def test_a_packed_file_is_named_and_a_byte_order_mark_is_read(read: Any, tmp_pat
     assert read_results(marked, truth).rows == expected.rows
 
 
+def test_a_mask_gives_a_missing_box(read: Any) -> None:
+    # 3 high and 4 wide, by columns: 4 clear, 2 set (column 1, rows 1 and 2), 6 clear
+    packed = {"size": [3, 4], "counts": "426"}
+    for mask in ({"size": [3, 4], "counts": [4, 2, 6]}, packed):
+        _, results = read([{"image_id": 7, "category_id": 5, "segmentation": mask, "score": 1}])
+        assert results.results[0]["bbox"] == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"size": [3, 4], "counts": "abc"},
+        {"size": [3, 4], "counts": "zzzz"},
+        {"size": [3, 4], "counts": [4, -2, 6]},
+        {"size": [3, 4], "counts": [4, 200]},
+        {"size": [3, 4], "counts": 7},
+        {"size": "x", "counts": "426"},
+        {"size": [10**12, 10**12], "counts": "426"},
+        {"counts": "426"},
+        {},
+    ],
+)
+def test_a_broken_mask_is_refused_in_one_line(read: Any, mask: Any) -> None:
+    with pytest.raises(DataError, match="1 without four finite numbers of a box"):
+        read([{"image_id": 7, "category_id": 5, "segmentation": mask, "score": 1}])
+
+
 def test_a_box_format_that_is_said_is_read(read: Any) -> None:
     expected = read(GOOD)[1].rows[0]["boxes"]
     corners = changed(bbox=lambda b: {"bbox": [b[0], b[1], b[0] + b[2], b[1] + b[3]]})

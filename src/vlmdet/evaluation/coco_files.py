@@ -429,11 +429,27 @@ def _find_box(entry: Mapping[str, Any]) -> tuple[list[float] | None, bool]:
             x = [number for part in rings for number in part[0::2]]
             y = [number for part in rings for number in part[1::2]]
             return [min(x), min(y), max(x) - min(x), max(y) - min(y)], True
-    if isinstance(segments, Mapping) and isinstance(segments.get("counts"), str):
-        from faster_coco_eval import mask
+    return (_box_of_runs(segments), True) if isinstance(segments, Mapping) else (None, False)
 
-        return [float(number) for number in mask.toBbox([dict(segments)])[0]], True
-    return None, False
+
+def _box_of_runs(segments: Mapping[str, Any]) -> list[float] | None:
+    """Return the box around a run-length mask, packed into text or as a list of counts; None of a broken one."""
+    from faster_coco_eval import mask
+
+    size, counts = segments.get("size"), segments.get("counts")
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and 0 < n < 2**16 for n in size)):
+        return None
+    if isinstance(counts, list) and not all(isinstance(n, int) and 0 <= n <= size[0] * size[1] for n in counts):
+        return None
+    if not isinstance(counts, list | str):
+        return None
+    try:
+        packed = {"size": size, "counts": counts}
+        if isinstance(counts, list):
+            packed = mask.frPyObjects(packed, *size)
+        return [float(number) for number in mask.toBbox([packed])[0]]
+    except (RuntimeError, ValueError):  # what faster-coco-eval says of a broken one
+        return None
 
 
 def _find_scores(entries: Sequence[Mapping[str, Any]]) -> tuple[list[float | None], bool]:
