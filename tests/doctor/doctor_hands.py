@@ -1,4 +1,4 @@
-"""A small pipeline of a user's own, whose parts tests replace one by one: rows, converter, collator, on the embedded base's processor."""
+"""A small pipeline of a user's own, on the embedded base's processor, whose parts tests replace one by one."""
 
 from __future__ import annotations
 

@@ -233,3 +233,23 @@ def test_healthy() -> None:
     assert told(CHECKS, subject(convert=strings)) == []
     negatives = made(lambda row: messages("none" if len(row["objects"]["bbox"]) == 1 else target(row)))
     assert told(CHECKS, subject(convert=negatives)) == []
+
+
+def test_rows_that_are_stored_in_a_dataset() -> None:
+    import datasets
+
+    held = rows()
+
+    def raw(row: Row) -> Row:
+        turns = messages(target(held[row["i"]]))
+        turns[1]["content"][0] = {"type": "image", "image": "a.jpg"}
+        return {"messages": turns, "image": held[row["i"]]["image"]}
+
+    stored = datasets.Dataset.from_list([{"i": i} for i in range(len(held))])
+    # the converter may be called on the fly: told as a trap, and no more
+    given = subject(rows=stored, convert=raw)
+    assert told(CHECKS, given) == ["C01"] and told(CHECKS, given, least=3) == []
+    assert told(CHECKS, subject(rows=stored, convert=raw, settings={"cached_rows": "train.jsonl"}), least=4) == ["C01"]
+    assert told(CHECKS, subject(rows=[{"i": i} for i in range(len(held))], convert=raw)) == []
+    converted = datasets.Dataset.from_list([{"messages": raw({"i": i})["messages"]} for i in range(len(held))])
+    assert told(CHECKS, subject(rows=converted, convert=None, collate=None))[0] == "C01"

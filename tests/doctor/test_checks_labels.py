@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_hands import collator, encode, messages, spans, subject, target, tiny_processor, told
+from doctor_hands import collator, encode, messages, rows, spans, subject, target, tiny_processor, told
 from PIL import Image
 
 from vlmdet.doctor.checks import labels, template
+from vlmdet.doctor.subject import Subject
 
 CHECKS = (*labels.CHECKS, template.masks_by_token)
 Change = Callable[[Any, Any], None]
@@ -184,7 +185,7 @@ def test_padding_that_is_the_end_token() -> None:
 def test_prefix_mask_on_rows_padded_left() -> None:
     left = copy.deepcopy(tiny_processor())
     left.tokenizer.padding_side = "left"
-    assert told(CHECKS, subject(processor=left, collate=collator(left, change=prefix_from_zero))) == ["L10"]
+    assert told(CHECKS, subject(processor=left, collate=collator(left, change=prefix_from_zero))) == ["L10", "T07"]
     assert told(CHECKS, subject(processor=left, collate=collator(left))) == []
 
 
@@ -290,3 +291,37 @@ def test_other_families_are_healthy(other_base: Any, family: str, answer: str, q
         **of_family(folder, lambda i: answer.format(600 + i), question),
     )
     assert told((*CHECKS, *template.CHECKS), given) == []
+
+
+@pytest.mark.parametrize(("version", "ids"), [("0.22.1", ["L12"]), ("1.16.0", [])])
+def test_option_by_version(version: str, ids: list[str]) -> None:
+    settings = {"assistant_only_loss": True, "trl_version": version}
+    assert told(labels.CHECKS, subject(collate=None, settings=settings)) == ids
+
+
+@pytest.mark.parametrize(
+    ("more", "ids"),
+    [({"prompt_completion": True}, []), ({"prompt_completion": True, "length": 60}, ["T09"]), ({}, ["L03", "L04"])],
+)
+def test_collator_of_the_trainer(more: dict[str, Any], ids: list[str], tmp_path: Any) -> None:
+    processor = tiny_processor()
+
+    def build_trainer() -> Any:
+        import datasets
+        from transformers import AutoModelForImageTextToText
+        from trl import SFTConfig, SFTTrainer
+
+        turns = [(messages(target(row)), [row["image"]]) for row in rows()]
+        held = [{"messages": one, "images": pictures} for one, pictures in turns]
+        if more.get("prompt_completion"):
+            held = [{"prompt": one[:-1], "completion": one[-1:], "images": pictures} for one, pictures in turns]
+        arguments = SFTConfig(
+            output_dir=str(tmp_path), max_length=more.get("length"), report_to="none", bf16=False, use_cpu=True
+        )
+        model = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")
+        return SFTTrainer(
+            model=model, args=arguments, train_dataset=datasets.Dataset.from_list(held), processing_class=processor
+        )
+
+    given = Subject(build_trainer=build_trainer, processor=processor, settings={"model_type": "qwen2_vl"})
+    assert told(CHECKS, given) == ids

@@ -23,7 +23,8 @@ def with_template(text: str | None) -> Any:
 
 FOR_TEXT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 LLAMA = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% endif %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% endif %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     "{% if m['role'] == 'user' %} [/INST]{% endif %}{% endfor %}"
 )
@@ -157,3 +158,8 @@ def test_healthy() -> None:
     same = copy.deepcopy(tiny_processor())
     same.tokenizer.pad_token = same.tokenizer.eos_token
     assert told(CHECKS, subject(processor=same, collate=collator(same))) == []
+
+
+def test_length_set_without_a_collator() -> None:
+    assert told(CHECKS, subject(collate=None, settings={"max_length": 60})) == ["T09"]
+    assert told(CHECKS, subject(collate=None, settings={"max_length": 1024})) == []

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image
 
-from vlmdet.doctor.calls import NotAvailable, UserCodeError, place_of
-from vlmdet.doctor.checks import Check, Outcome, check, found, looked, questions
+from vlmdet.doctor.calls import NotAvailable, UserCodeError
+from vlmdet.doctor.checks import Check, Outcome, check, found, looked, placeholders, questions
+from vlmdet.doctor.checks.placeholders import place_of_converter
 from vlmdet.doctor.evidence import PICTURE_WORDS, Evidence
 from vlmdet.doctor.findings import Finding
 from vlmdet.doctor.gather import conversations
-from vlmdet.doctor.gather.annotations import open_stored
-from vlmdet.doctor.gather.conversations import Example, is_picture, parts_of
+from vlmdet.doctor.gather.conversations import Example, parts_of
 from vlmdet.doctor.gather.text_boxes import boxes_in
-from vlmdet.images import BROKEN, to_upright_rgb
 
-LITERAL = re.compile(
-    r"<image>|<img>|</img>|<\|image_\d+\|>|<\|image\|>|\[IMG\]|<ImageHere>|<image_placeholder>|<image_\d+>",
-    re.IGNORECASE,
+TURN_WORDS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<eos>",
+    "<bos>",
+    "</s>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|begin_of_text|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<|end|>",
 )
-"""Words that other frameworks put where a picture stands."""
-
-TURN_WORDS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<eos>", "<bos>", "</s>", "<|eot_id|>", "<|end_of_text|>",
-              "<|begin_of_text|>", "<start_of_turn>", "<end_of_turn>", "<end_of_utterance>", "<|end|>")  # fmt: skip
-
-
-def _place(evidence: Evidence) -> str:
-    return place_of(evidence.subject.convert) if evidence.subject.convert is not None else "rows[…]['messages']"
 
 
 # ---- C01 ------------------------------------------------------------------------------------------------------------
@@ -39,7 +38,7 @@ def _place(evidence: Evidence) -> str:
 
 @check("C01", needs=("rows|splits", "processor"))
 def keys_of_arrow(evidence: Evidence) -> Outcome:
-    """Render the messages as they are, and without the keys that are None: Arrow gives every part all keys, and templates ask for presence."""
+    """Render the messages as they are and without keys that are None: Arrow gives every part all keys."""
     examples = evidence.examples()
     try:
         texts = evidence.texts()
@@ -64,15 +63,17 @@ def keys_of_arrow(evidence: Evidence) -> Outcome:
         one, text, clean = changed[0]
         yield _arrow(evidence, f"{one.where}, as it is\n{text[-600:]}", clean, "changes", len(changed), len(examples))
         return
-    after = evidence.texts_after_arrow()
-    differ = [(one, text, later) for one, text, later in zip(examples, texts, after, strict=False) if text != later]
-    if differ:
-        one, text, later = differ[0]
+    later = _after_arrow(evidence, examples[0])
+    if later is not None:
+        stored = "cached_rows" in evidence.options
         yield found(
-            "C01", where=_place(evidence), severity=2, certainty=0.5,
-            evidence=f"{one.where}, as converted\n{text[-400:]}\nafter Dataset.from_list\n{later[-400:]}",
-            cause="the template asks whether a key is there; rows that are stored in a Dataset have every key, None where it was not set",
-        )  # fmt: skip
+            "C01",
+            where=place_of_converter(evidence),
+            severity=4 if stored else 2,
+            certainty=0.9 if stored else 0.5,
+            evidence=f"{examples[0].where}, as converted\n{texts[0][-400:]}\nafter Dataset.from_list\n{later[-400:]}",
+            cause="the template asks whether a key is there; rows in a Dataset have every key, None where it was not set",
+        )
         return
     lost = [
         one for one, text in zip(examples, texts, strict=True) if one.answer.strip() and one.answer.strip() not in text
@@ -80,9 +81,12 @@ def keys_of_arrow(evidence: Evidence) -> Outcome:
     if lost and len(lost) > len(examples) / 2 and not _collator_copes(evidence):
         text = texts[examples.index(lost[0])]
         yield found(
-            "C01", where=_place(evidence), evidence=f"{len(lost)} of {len(examples)} answers are not in what the template writes\n{lost[0].where}\n{text[-500:]}",
-            cause="the template does not write the answer in the form in which the messages hold it", certainty=0.7,
-        )  # fmt: skip
+            "C01",
+            where=place_of_converter(evidence),
+            evidence=f"{len(lost)} of {len(examples)} answers are not in the rendered text\n{lost[0].where}\n{text[-500:]}",
+            cause="the template does not write the answer in the form in which the messages hold it",
+            certainty=0.7,
+        )
         return
     yield looked(
         "C01", f"{len(texts)} rows render alike with and without keys that are None; every answer is in its text"
@@ -91,9 +95,11 @@ def keys_of_arrow(evidence: Evidence) -> Outcome:
 
 def _arrow(evidence: Evidence, shown: str, clean: str, what: str, number: int, of: int) -> Finding:
     return found(
-        "C01", where=_place(evidence), evidence=f"{number} of {of} rows\n{shown}\nwithout the keys that are None\n{clean[-600:]}",
-        cause=f"the messages hold keys that are None ('image', 'text'), and the template asks whether a key is there: that {what} the text",
-    )  # fmt: skip
+        "C01",
+        where=place_of_converter(evidence),
+        evidence=f"{number} of {of} rows\n{shown}\nwithout the keys that are None\n{clean[-600:]}",
+        cause=f"messages hold keys that are None, and the template asks whether a key is there: that {what} the text",
+    )
 
 
 def _stripped_renders(evidence: Evidence, one: Example) -> str | None:
@@ -112,6 +118,26 @@ def _stripped_renders(evidence: Evidence, one: Example) -> str | None:
     try:
         return evidence.render_text(clean)
     except (UserCodeError, NotAvailable):
+        return None
+
+
+def _after_arrow(evidence: Evidence, one: Example) -> str | None:
+    """Return what becomes of a row that is stored in a Dataset; None where it stays the same, or where nothing is stored."""
+    held = evidence.subject.rows
+    if not hasattr(held, "features") and "cached_rows" not in evidence.options:
+        return None
+    later = conversations.after_arrow(one.messages)
+    raw = conversations.with_messages(one.raw, later) if isinstance(one.raw, Mapping) else later
+    try:
+        if evidence.subject.collate is not None:
+            before = evidence.collate([one.raw], "as converted", [one.where], [one.answers]).ids
+            after = evidence.collate([raw], "after Arrow", [one.where], [one.answers]).ids
+            return None if before == after else evidence.tokenizer.decode(after[0], skip_special_tokens=False)
+        text = evidence.render_text(later)
+        return None if text == evidence.render_text(one.messages) else text
+    except UserCodeError as error:
+        return f"raises {error.text}"
+    except NotAvailable:
         return None
 
 
@@ -146,7 +172,7 @@ def _runs(ids: Sequence[int], token: int) -> int:
 @check("C02", "C03", needs=("rows|splits", "render|settings"))
 def asked_as_trained(evidence: Evidence) -> Outcome:
     """Compare the question of training with that of evaluation, callback and settings, system message and user text apart."""
-    yield from questions.compare(evidence, _place(evidence))
+    yield from questions.compare(evidence, place_of_converter(evidence))
 
 
 # ---- C04 ------------------------------------------------------------------------------------------------------------
@@ -158,295 +184,7 @@ def format_asked(evidence: Evidence) -> Outcome:
     examples = [one for one in evidence.examples() if boxes_in(one.answer)]
     if not examples:
         raise NotAvailable("targets with boxes")
-    yield from questions.format_of(evidence, examples, _place(evidence))
-
-
-# ---- C05, C06, C07 --------------------------------------------------------------------------------------------------
-
-
-@check("C05", "C06", "C07", needs=("rows|splits",))
-def pictures_in_place(evidence: Evidence) -> Outcome:
-    """Count placeholders and pictures per row and role; look for placeholder words that stay text, nested lists, the wrong picture."""
-    examples = evidence.examples()
-    place = _place(evidence)
-    control = evidence.control() if evidence.subject.processor is not None else {}
-    findings = [
-        one for one in (
-            _literal(evidence, examples, control, place),
-            _counts(evidence, examples, control, place),
-            _nested(evidence, examples, place),
-            _wrong_picture(evidence, examples, place),
-        ) if one is not None
-    ]  # fmt: skip
-    yield from findings
-    if not findings and evidence.subject.collate is not None and evidence.subject.processor is not None:
-        findings = list(_batch_problems(evidence))
-        yield from findings
-    told = {one.id for one in findings}
-    figures = f"{len(examples)} rows, {sum(len(one.pictures) for one in examples)} pictures, as many placeholders, all in user turns"
-    yield from (looked(one, figures) for one in ("C05", "C06", "C07") if one not in told)
-
-
-def _literal(evidence: Evidence, examples: Sequence[Example], control: Mapping[str, int], place: str) -> Finding | None:
-    """Find rows whose text holds a placeholder word that is no token of the tokenizer."""
-    hits = []
-    for one in examples:
-        words = [
-            word
-            for message in one.messages
-            for part in parts_of(message)
-            for word in LITERAL.findall(str(part.get("text") or ""))
-        ]
-        if any(word not in control for word in words):
-            hits.append((one, next(word for word in words if word not in control)))
-    if not hits:
-        return None
-    one, word = hits[0]
-    shown = " … ".join(
-        str(part.get("text"))
-        for message in one.messages
-        for part in parts_of(message)
-        if word in str(part.get("text") or "")
-    )[:300]
-    if evidence.subject.collate is not None:
-        try:
-            batches = evidence.batches()
-        except (NotAvailable, UserCodeError):
-            batches = {}
-        texts = (
-            [
-                evidence.tokenizer.decode(ids, skip_special_tokens=False)
-                for batch in batches.values()
-                for ids in batch.ids
-            ]
-            if control
-            else []
-        )
-        if texts and not any(word in text for text in texts):
-            return None  # the collator puts the picture in its place
-        if texts:
-            shown = next(text for text in texts if word in text)[:500]
-    return found(
-        "C07", where=place, evidence=f"{len(hits)} of {len(examples)} rows hold {word!r} as text, e.g. {one.where}\n{shown}",
-        cause=f"{word} is the tag of another framework; this tokenizer cuts it into ordinary pieces",
-    )  # fmt: skip
-
-
-def _placeholders(one: Example, control: Mapping[str, int]) -> Counter[str]:
-    """Count placeholders by role: parts, and control words of pictures within texts."""
-    counts: Counter[str] = Counter()
-    words = [
-        word
-        for word in ("<|image_pad|>", "<image>", "<IMG_CONTEXT>", "<|image|>", "<image_soft_token>")
-        if word in control
-    ]
-    for message in one.messages:
-        role = str(message.get("role", message.get("from", "")))
-        for part in parts_of(message):
-            text = str(part.get("text") or "")
-            counts[role] += 1 if is_picture(part) else sum(text.count(word) for word in words)
-    return +counts
-
-
-def _counts(evidence: Evidence, examples: Sequence[Example], control: Mapping[str, int], place: str) -> Finding | None:
-    """Find rows whose placeholders and pictures differ in number, or whose placeholders stand in another turn than a user's."""
-    rows = [(one, _placeholders(one, control), len(one.pictures)) for one in examples]
-    differ = [row for row in rows if sum(row[1].values()) != row[2] and not (sum(row[1].values()) == 0 and row[2] <= 1)]
-    none = [row for row in rows if sum(row[1].values()) == 0 and row[2] == 1]
-    if none and len(none) < len(rows) and not differ:
-        differ = none
-    if none and not differ and _needs_placeholder(evidence, none[0][0]):
-        differ = none
-    if differ:
-        one, counts, pictures = differ[0]
-        return found(
-            "C05", where=place, cause="placeholders and pictures do not come in pairs",
-            evidence=f"{len(differ)} of {len(rows)} rows, e.g. {one.where}: {dict(counts)} placeholders by role, {pictures} pictures",
-        )  # fmt: skip
-    odd = [row for row in rows if any(role not in ("user", "human") for role in row[1])]
-    if odd:
-        one, counts, pictures = odd[0]
-        return found(
-            "C05", where=place, certainty=0.8, cause="templates and collators look for pictures in the user's turn",
-            evidence=f"{len(odd)} of {len(rows)} rows, e.g. {one.where}: placeholders by role {dict(counts)}",
-        )  # fmt: skip
-    return None
-
-
-def _needs_placeholder(evidence: Evidence, one: Example) -> bool:
-    """Tell whether rows without placeholders end without picture tokens: families and collators that put them in themselves do not need any."""
-    if evidence.subject.collate is None:
-        return evidence.subject.processor is not None and evidence.family().startswith(
-            ("qwen", "internvl", "idefics", "smolvlm")
-        )
-    image = evidence.image_token_id()
-    try:
-        batch = next(iter(evidence.batches().values()))
-    except (NotAvailable, UserCodeError):
-        return True
-    return (
-        image is not None
-        and batch.labels is not None
-        and len(batch.ids[0]) == len(batch.labels[0])
-        and image not in batch.ids[0]
-    )
-
-
-def _nested(evidence: Evidence, examples: Sequence[Example], place: str) -> Finding | None:
-    """Find pictures that are a list within a list, unless the collator opens it."""
-    hits = [
-        one
-        for one in examples
-        if isinstance(one.raw, Mapping) and any(isinstance(picture, (list, tuple)) for picture in one.pictures)
-    ]
-    if not hits:
-        return None
-    if evidence.subject.collate is not None and evidence.subject.processor is not None:
-        try:
-            if not any(name in ("short+long", "short", "long") for name in evidence.batched()[1]):
-                return None
-        except (NotAvailable, UserCodeError):
-            pass
-    value = next(
-        hits[0].raw[key]
-        for key in ("images", "image", "img", "picture", "pictures")
-        if hits[0].raw.get(key) is not None
-    )
-    return found(
-        "C06", where=place, evidence=f"{len(hits)} of {len(examples)} rows; {hits[0].where}: {_shape(value)}",
-        cause="the pictures of a row are a list within a list (what process_vision_info returns, put into one more list)",
-    )  # fmt: skip
-
-
-def _shape(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_shape(one) for one in value[:2]) + (", …" if len(value) > 2 else "") + "]"
-    return type(value).__name__
-
-
-def _wrong_picture(evidence: Evidence, examples: Sequence[Example], place: str) -> Finding | None:
-    """Compare the picture of each converted row with that of its raw row and those of other rows."""
-    annotations = evidence.annotations()
-    used: list[tuple[Example, np.ndarray, np.ndarray]] = []
-    for one in examples[:24]:
-        annotation = annotations[one.index]
-        key = annotation.keys.get("picture")
-        row = evidence.raw_row(annotation)
-        if key is None or not isinstance(row, Mapping) or len(one.pictures) != 1:
-            continue
-        given = one.open()
-        try:
-            own = to_upright_rgb(open_stored(row[key]))
-        except (*BROKEN, AttributeError):
-            continue
-        if given:
-            used.append((one, _small(given[0]), _small(own)))
-    if len(used) < 3:
-        return None
-    wrong = []
-    for one, given_pixels, own_pixels in used:
-        if _apart(given_pixels, own_pixels) < 8:
-            continue
-        others = [
-            (_apart(given_pixels, pixels), other)
-            for other, _, pixels in used
-            if other is not one and _apart(own_pixels, pixels) >= 8
-        ]
-        if others and min(others, key=lambda pair: pair[0])[0] < 2:
-            wrong.append((one, min(others, key=lambda pair: pair[0])[1]))
-    if not wrong:
-        return None
-    one, other = wrong[0]
-    return found(
-        "C05", where=place, evidence=f"{len(wrong)} of {len(used)} rows; the picture of {one.where} is that of {other.where}",
-        cause="one picture is used for several rows, or pictures and rows are paired in another order",
-    )  # fmt: skip
-
-
-def _small(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
-
-
-def _apart(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the mean difference of two small pictures, in grey levels."""
-    return float(np.abs(first - second).mean())
-
-
-def _batch_problems(evidence: Evidence) -> Iterator[Finding]:
-    """Report what the collator raised on some rows, and rows without picture tokens."""
-    from vlmdet.doctor.examine import foreign_finding
-
-    batches, errors = evidence.batched()
-    real = {
-        name: error
-        for name, error in errors.items()
-        if name.startswith(("row ", "short", "long", "several")) and ", " not in name
-    }
-    if real:
-        yield foreign_finding(next(iter(real.values())))
-        return
-    image = evidence.image_token_id()
-    for batch in batches.values():
-        for where, ids, pictures in zip(batch.where, batch.ids, batch.pictures, strict=False):
-            if (
-                pictures
-                and image is not None
-                and image not in ids
-                and batch.labels is not None
-                and len(batch.labels[0]) == len(ids)
-            ):
-                yield found(
-                    "C05", where=place_of(evidence.subject.collate), certainty=0.8, cause="the collator finds no picture for this row, or no place for it",
-                    evidence=f"{where}: {pictures} pictures, no picture token among {len(ids)} ids\n{evidence.tokenizer.decode(ids)[:400]}",
-                )  # fmt: skip
-                return
-    yield from _one_picture_for_all(evidence)
-
-
-def _one_picture_for_all(evidence: Evidence) -> Iterator[Finding]:
-    """Compare the pixels of a batch of two with those of its rows alone."""
-    batches = evidence.batches()
-    pair, short, long = (batches.get(name) for name in ("short+long", "short", "long"))
-    if pair is None or short is None or long is None or any(one.pixels is None for one in (pair, short, long)):
-        return
-    assert pair.pixels is not None and short.pixels is not None and long.pixels is not None
-    if pair.grids is not None and short.grids is not None and long.grids is not None:
-        wanted = [*short.grids, *long.grids]
-        if pair.grids == wanted:
-            both = np.concatenate([short.pixels, long.pixels])
-            if both.shape == pair.pixels.shape and np.allclose(both, pair.pixels, atol=1e-3):
-                return
-        if len(pair.grids) != len(wanted):
-            yield found(
-                "C05", where=place_of(evidence.subject.collate), cause="the collator leaves out pictures of a batch, or takes some twice",
-                evidence=f"{short.where[0]} and {long.where[0]}: {len(wanted)} pictures alone, {len(pair.grids)} in one batch",
-            )  # fmt: skip
-            return
-        half = short.grids[0][0] * short.grids[0][1] * short.grids[0][2]
-        first = short.pixels[:half]
-        if (
-            pair.grids[-1] == short.grids[0]
-            and pair.pixels.shape[0] >= 2 * half
-            and np.allclose(pair.pixels[-half:], first, atol=1e-3)
-        ):
-            yield _same_pixels(evidence, short.where[0], long.where[0])
-    elif (
-        (
-            pair.pixels.shape[0] == 2
-            and short.pixels.shape[0] == long.pixels.shape[0] == 1
-            and pair.pixels.shape[1:] == short.pixels.shape[1:]
-        )
-        and np.allclose(pair.pixels[1], short.pixels[0], atol=1e-3)
-        and not np.allclose(short.pixels, long.pixels, atol=1e-3)
-    ):
-        yield _same_pixels(evidence, short.where[0], long.where[0])
-
-
-def _same_pixels(evidence: Evidence, first: str, second: str) -> Finding:
-    return found(
-        "C05", where=place_of(evidence.subject.collate), cause="the collator takes one row's picture for all rows of a batch",
-        evidence=f"in a batch of {first} and {second} the pixels of the second are those of the first; alone they are its own", certainty=0.9,
-    )  # fmt: skip
+    yield from questions.format_of(evidence, examples, place_of_converter(evidence))
 
 
 # ---- C08, C09, C10 --------------------------------------------------------------------------------------------------
@@ -459,18 +197,23 @@ def constant_targets(evidence: Evidence) -> Outcome:
     texts = [one.answer.strip() for one in examples]
     empty = [one for one in examples if not one.answer.strip()]
     common, times = Counter(texts).most_common(1)[0]
-    place = _place(evidence)
+    place = place_of_converter(evidence)
     if len(empty) > 0.2 * len(texts):
         yield found(
-            "C08", where=place, evidence=f"{len(empty)} of {len(texts)} targets are empty, e.g. {empty[0].where}",
-            cause="the converter writes no answer for these rows", severity=3 if len(empty) > 0.9 * len(texts) else 2,
-        )  # fmt: skip
+            "C08",
+            where=place,
+            evidence=f"{len(empty)} of {len(texts)} targets are empty, e.g. {empty[0].where}",
+            cause="the converter writes no answer for these rows",
+            severity=3 if len(empty) > 0.9 * len(texts) else 2,
+        )
         return
     if len(texts) >= 4 and times > 0.9 * len(texts) and _rows_differ(evidence):
         yield found(
-            "C08", where=place, evidence=f"{times} of {len(texts)} targets are {common[:200]!r}",
+            "C08",
+            where=place,
+            evidence=f"{times} of {len(texts)} targets are {common[:200]!r}",
             cause="the target does not depend on the row, or the data have hardly any variety",
-        )  # fmt: skip
+        )
         return
     first = [np.asarray(boxes[0].numbers) for text in texts if (boxes := boxes_in(text))]
     if len(first) >= 8:
@@ -481,9 +224,12 @@ def constant_targets(evidence: Evidence) -> Outcome:
         iou = float(paired_iou(stacked, np.broadcast_to(middle, stacked.shape)).mean())
         if iou > 0.9:
             yield found(
-                "C08", where=place, evidence=f"{len(first)} first boxes; the constant box {middle.round(2).tolist()} has a mean IoU of {iou:.2f} with them",
-                cause="targets are nearly the same in every row", certainty=0.8,
-            )  # fmt: skip
+                "C08",
+                where=place,
+                evidence=f"{len(first)} first boxes have a mean IoU of {iou:.2f} with the one box {middle.round(2).tolist()}",
+                cause="targets are nearly the same in every row",
+                certainty=0.8,
+            )
             return
     yield looked(
         "C08",
@@ -527,9 +273,12 @@ def control_tokens_in_data(evidence: Evidence) -> Outcome:
     if hits:
         where, word, _text = hits[0]
         yield found(
-            "C09", where=where, evidence="\n".join(f"{at}: {found_word} in {shown[:160]}" for at, found_word, shown in hits[:3]) + f"\n{len(hits)} rows in all",
+            "C09",
+            where=where,
+            evidence="\n".join(f"{at}: {found_word} in {shown[:160]}" for at, found_word, shown in hits[:3])
+            + f"\n{len(hits)} rows in all",
             cause=f"the tokenizer reads {word} as a control token wherever it stands",
-        )  # fmt: skip
+        )
     else:
         yield looked(
             "C09",
@@ -570,9 +319,11 @@ def indented_prompt(evidence: Evidence) -> Outcome:
                 and (len(indents) > 1 or indents[0] >= 4)
             ):
                 yield found(
-                    "C10", where=_place(evidence), evidence=f"{one.where}, {name}:\n{text[:300]!r}",
+                    "C10",
+                    where=place_of_converter(evidence),
+                    evidence=f"{one.where}, {name}:\n{text[:300]!r}",
                     cause=f"text in triple quotes keeps the indentation of the code: {min(indents)} blanks before each line",
-                )  # fmt: skip
+                )
                 return
     yield looked("C10", f"{len(examples)} rows, no prompt is indented line by line")
 
@@ -581,7 +332,7 @@ CHECKS: tuple[Check, ...] = (
     keys_of_arrow,
     asked_as_trained,
     format_asked,
-    pictures_in_place,
+    *placeholders.CHECKS,
     constant_targets,
     control_tokens_in_data,
     indented_prompt,

@@ -1,7 +1,7 @@
 """The question of training against that of inference, and against the format of the target.
 
-When: for C02, C03 and C04. A question that varies from row to row (labels, paraphrases) is compared with that of the same row, then with
-all questions of training.
+When: for C02, C03 and C04. A question that varies from row to row (labels, paraphrases) is compared with that
+of the same row, then with all questions of training.
 """
 
 from __future__ import annotations
@@ -104,10 +104,12 @@ def _rendered(
             if len(differ) > 0.05 * len(pairs):
                 one, train, infer = differ[0]
                 yield found(
-                    identifier, where=where, cause=_cause(getattr(train, name), getattr(infer, name), name),
+                    identifier,
+                    where=where,
+                    cause=_cause(getattr(train, name), getattr(infer, name), name),
                     evidence=f"{len(differ)} of {len(pairs)} rows, e.g. {one.where}\ntraining   {getattr(train, name)!r}\n"
                     f"inference  {getattr(infer, name)!r}{_default_note(evidence, one, name)}",
-                )  # fmt: skip
+                )
                 return
         orders = {question.order for question in trained.values()}
         moved = [
@@ -118,9 +120,11 @@ def _rendered(
         if len(moved) > len(pairs) / 2:
             one, train, infer = moved[0]
             yield found(
-                "C03", where=where, cause="the picture stands at another place among the texts",
+                "C03",
+                where=where,
+                cause="the picture stands at another place among the texts",
                 evidence=f"{len(moved)} of {len(pairs)} rows; training {_order(train)}, inference {_order(infer)}",
-            )  # fmt: skip
+            )
         return
     yield from _whole_texts(evidence, examples, asked, where)
 
@@ -177,9 +181,11 @@ def _whole_texts(
     )
     for identifier in ids or ["C03"]:
         yield found(
-            identifier, where=where, evidence=f"{len(differ)} of {len(asked)} rows, e.g. {one.where}\n{shown[:900]}",
+            identifier,
+            where=where,
+            evidence=f"{len(differ)} of {len(asked)} rows, e.g. {one.where}\n{shown[:900]}",
             cause="the text at inference is not that of training up to the answer",
-        )  # fmt: skip
+        )
 
 
 def _header(evidence: Evidence) -> str:
@@ -226,9 +232,11 @@ def _settings(evidence: Evidence, trained: dict[int, Question], seen: list[str],
                 continue
             example = next(iter(every), "")
             yield found(
-                identifier, where=options.shown(option, phase=phase)[:160], cause=_cause(example, value, name),
+                identifier,
+                where=options.shown(option, phase=phase)[:160],
+                cause=_cause(example, value, name),
                 evidence=f"training   {example!r} (from {place})\n{phase:<10} {value!r}",
-            )  # fmt: skip
+            )
             break
 
 
@@ -253,16 +261,48 @@ NATIVE: dict[str, tuple[str, ...]] = {
 _JSON = re.compile(r"\bJSON\b", re.IGNORECASE)
 _KEYS = re.compile(r"[\"'`](bbox_2d|bbox|box_2d|box|boxes)[\"'`]|\b(bbox_2d|box_2d)\b")
 _ORDERS = (
-    ("xywh", re.compile(r"\[?\(?\s*x(?:_?min|1)?\s*,\s*y(?:_?min|1)?\s*,\s*w(?:idth)?\s*,\s*h(?:eight)?\b|\bxywh\b", re.IGNORECASE)),
-    ("cxcywh", re.compile(r"\bc(?:enter_?)?x\s*,\s*c(?:enter_?)?y\s*,\s*w|x_?center\s*,\s*y_?center|\bcxcywh\b", re.IGNORECASE)),
-    ("yxyx", re.compile(r"\[?\(?\s*y_?(?:min|1)\s*,\s*x_?(?:min|1)\s*,\s*y_?(?:max|2)|\byxyx\b|top\s*,\s*left\s*,\s*bottom\s*,\s*right", re.IGNORECASE)),
-    ("xyxy", re.compile(r"x_?(?:min|1)\s*,\s*y_?(?:min|1)\s*\)?\s*,\s*\(?\s*x_?(?:max|2)|\bxyxy\b|left\s*,\s*top\s*,\s*right\s*,\s*bottom", re.IGNORECASE)),
-)  # fmt: skip
+    (
+        "xywh",
+        re.compile(
+            r"\[?\(?\s*x(?:_?min|1)?\s*,\s*y(?:_?min|1)?\s*,\s*w(?:idth)?\s*,\s*h(?:eight)?\b|\bxywh\b", re.IGNORECASE
+        ),
+    ),
+    (
+        "cxcywh",
+        re.compile(
+            r"\bc(?:enter_?)?x\s*,\s*c(?:enter_?)?y\s*,\s*w|x_?center\s*,\s*y_?center|\bcxcywh\b", re.IGNORECASE
+        ),
+    ),
+    (
+        "yxyx",
+        re.compile(
+            r"\[?\(?\s*y_?(?:min|1)\s*,\s*x_?(?:min|1)\s*,\s*y_?(?:max|2)|\byxyx\b|top\s*,\s*left\s*,\s*bottom\s*,\s*right",
+            re.IGNORECASE,
+        ),
+    ),
+    (
+        "xyxy",
+        re.compile(
+            r"x_?(?:min|1)\s*,\s*y_?(?:min|1)\s*\)?\s*,\s*\(?\s*x_?(?:max|2)|\bxyxy\b|left\s*,\s*top\s*,\s*right\s*,\s*bottom",
+            re.IGNORECASE,
+        ),
+    ),
+)
 _UNITS = (
-    ("fraction", re.compile(r"\b(?:between|from|range|in|to)\s*:?\s*[\[(]?\s*0(?:\.0)?\s*(?:and|to|-|–|,)\s*1(?:\.0)?\b(?!\d|[.,]\d)|\b0\s*-\s*1\b(?!\d)", re.IGNORECASE)),
-    ("per_mille", re.compile(r"\b0\s*(?:and|to|-|–|,)\s*(?:1[,.]?000|999)\b|\b1000\s*[x×]\s*1000\b|per[- ]mille", re.IGNORECASE)),
+    (
+        "fraction",
+        re.compile(
+            r"\b(?:between|from|range|in|to)\s*:?\s*[\[(]?\s*0(?:\.0)?\s*(?:and|to|-|–|,)\s*1(?:\.0)?\b(?!\d|[.,]\d)"
+            r"|\b0\s*-\s*1\b(?!\d)",
+            re.IGNORECASE,
+        ),
+    ),
+    (
+        "per_mille",
+        re.compile(r"\b0\s*(?:and|to|-|–|,)\s*(?:1[,.]?000|999)\b|\b1000\s*[x×]\s*1000\b|per[- ]mille", re.IGNORECASE),
+    ),
     ("pixel", re.compile(r"\bpixels?\b|absolute coordinates", re.IGNORECASE)),
-)  # fmt: skip
+)
 _TAGS = re.compile(r"<\|box_start\|>|<loc_?\d*>|<box>", re.IGNORECASE)
 _PAREN = re.compile(r"\(\s*x_?1?(?:min)?\s*,\s*y_?1?(?:min)?\s*\)\s*,?\s*\(", re.IGNORECASE)
 _LIST = re.compile(r"\[\s*(?:x|y|left)_?(?:1|min)?\s*,\s*\w+\s*,\s*\w+\s*,\s*\w+\s*\]", re.IGNORECASE)
@@ -274,10 +314,13 @@ def format_of(evidence: Evidence, examples: Sequence[Example], place: str) -> It
     if len(clashes) > len(examples) / 2:
         one, clash = clashes[0]
         yield found(
-            "C04", where=place, cause=f"the question asks for {clash[0]}, and the target is {clash[1]}",
-            evidence=f"{len(clashes)} of {len(examples)} rows, e.g. {one.where}\nquestion  {((one.system or '') + ' ' + one.prompt).strip()[:500]!r}\n"
+            "C04",
+            where=place,
+            cause=f"the question asks for {clash[0]}, and the target is {clash[1]}",
+            evidence=f"{len(clashes)} of {len(examples)} rows, e.g. {one.where}\n"
+            f"question  {((one.system or '') + ' ' + one.prompt).strip()[:500]!r}\n"
             f"target    {one.answer[:300]!r}",
-        )  # fmt: skip
+        )
         return
     family = evidence.family()
     syntaxes = sorted({str(syntax_of(one.answer)) for one in examples})
@@ -291,9 +334,14 @@ def format_of(evidence: Evidence, examples: Sequence[Example], place: str) -> It
     if len(foreign) > len(examples) / 2 and native is not None:
         one = foreign[0]
         yield found(
-            "C04", where=place, severity=2, certainty=0.8, cause=f"{family} was pretrained to write boxes as {' or '.join(native)}",
-            evidence=f"{len(foreign)} of {len(examples)} targets are written as {syntax_of(one.answer)}, e.g. {one.where}: {one.answer[:200]!r}",
-        )  # fmt: skip
+            "C04",
+            where=place,
+            severity=2,
+            certainty=0.8,
+            cause=f"{family} was pretrained to write boxes as {' or '.join(native)}",
+            evidence=f"{len(foreign)} of {len(examples)} targets are written as {syntax_of(one.answer)}, "
+            f"e.g. {one.where}: {one.answer[:200]!r}",
+        )
         return
     yield looked(
         "C04", f"{len(examples)} targets with boxes ({', '.join(syntaxes)}); no question asks for another format"

@@ -1,8 +1,7 @@
-"""Which failure mode explains the labels of the user's batches: one verdict for all rows, of ids in the stages labels and template.
+"""Which failure mode explains the labels of the user's batches: one verdict, of ids in the stages labels and template.
 
-When: WHEN WRONG. `mask.compare` says for each row which tokens carry loss and which should; here rows are put together: rows alone,
-the same rows padded, a row whose question holds its answer, a row of two turns. Faults that look alike are told apart by what
-else they do:
+When: WHEN WRONG, of `supervised_rows`: rows alone, the same rows padded, a row whose question holds its answer, a row of two
+turns. Faults that look alike are told apart by what else they do:
 
     end token without loss, and it is the padding token              T08, else L01
     answer or end cut in rows that are as long as max_length         T09
@@ -16,78 +15,18 @@ Long, because the order in which they are asked is the diagnosis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError, place_of
 from vlmdet.doctor.checks import found, looked, mask
-from vlmdet.doctor.checks.mask import Difference, Row, Tokens
+from vlmdet.doctor.checks.supervised_rows import MADE, Seen, rows_of_batches
 from vlmdet.doctor.evidence import Evidence, once
 from vlmdet.doctor.findings import Checked, Finding
-from vlmdet.doctor.gather.batches import Batch, supervised_of
-from vlmdet.doctor.gather.conversations import messages_of, text_of
-from vlmdet.doctor.gather.token_bytes import bytes_of, latin
+from vlmdet.doctor.gather.conversations import messages_of
 
 IDS = ("L01", "L02", "L03", "L04", "L05", "L06", "L07", "L08", "L09", "L10", "L11", "L12", "T04", "T08", "T09")
-MADE = ("two turns", "answer in the question")
-"""Awkward rows that are not the user's own."""
-
-HEADER = 4
-"""Tokens of a turn's header: `<|im_start|>`, `assistant`, newline."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One row of one batch, and what is wrong with its labels.
-
-    Attributes:
-        batch: name of the batch; where: the user's row.
-        answers: as the user wrote them (`row` holds their bytes where letters are cut into tokens).
-        prompt: supervised tokens of the prompt, without pictures, padding and the header of the answer's turn.
-        header: of these, tokens of the header alone; `tail` those behind the last end token.
-    """
-
-    batch: str
-    where: str
-    row: Row
-    tokens: Tokens
-    difference: Difference
-    answers: tuple[str, ...]
-    prompt: tuple[int, ...]
-    header: tuple[int, ...]
-    tail: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Number of real tokens."""
-        return sum(self.row.mask)
-
-    @property
-    def cut(self) -> bool:
-        """Is the answer or its end token not there at all?"""
-        return self.difference.lost > 0 or self.difference.absent > 0
-
-    @property
-    def wrong(self) -> bool:
-        """Does anything carry loss that should not, or the reverse? A supervised header is not counted."""
-        one = self.difference
-        return bool(
-            one.none
-            or one.shifted
-            or one.other
-            or one.missing
-            or one.ends
-            or self.prompt
-            or one.pictures
-            or one.padding
-        )
-
-    def told(self) -> str:
-        """Return the row as it is shown to the user: tokens with loss between marks."""
-        wanted = " … ".join(self.answers)
-        wanted = wanted if len(wanted) <= 200 else wanted[:200] + "…"
-        return f"{self.where}, {self.difference.supervised} tokens with loss (between ⟦ and ⟧)\n{self.difference.shown}\nshould be: {wanted!r} and its end token"
 
 
 @dataclass(frozen=True)
@@ -96,129 +35,6 @@ class Verdict:
 
     findings: tuple[Finding, ...]
     figures: str
-
-
-def answers_to_learn(raw: Any, answers: Sequence[str]) -> tuple[str, ...]:
-    """Return the answers that should carry loss: of prompt-completion rows those of the completion alone."""
-    if (
-        isinstance(raw, Mapping)
-        and isinstance(raw.get("prompt"), (list, tuple))
-        and isinstance(raw.get("completion"), (list, tuple))
-    ):
-        texts = [text_of(one) for one in raw["completion"] if isinstance(one, Mapping)]
-        return tuple(text for text in texts if text)
-    return tuple(answers)
-
-
-@once
-def rows_of_batches(evidence: Evidence) -> list[Seen]:
-    """Compare every row of every batch with its answers.
-
-    Raises:
-        NotAvailable: no batch with labels, or no answer is found in any.
-    """
-    tokenizer = evidence.tokenizer
-    known = mask.tokens_of(
-        tokenizer, ends=evidence.end_ids(), pictures=evidence.picture_ids(), control=evidence.control()
-    )
-    batches = dict(evidence.batches())
-    extra = _padded_pair(evidence, batches)
-    if extra is not None:
-        batches[extra.name] = extra
-    awkward, examples = evidence.awkward(), evidence.examples()
-    raws: dict[str, Any] = {one.where: one.raw for one in examples}
-    raws |= {where: raw for name, (raw, where, _) in awkward.items() if name in MADE}
-    seen = []
-    for batch in batches.values():
-        if batch.labels is None:
-            continue
-        decoder = any(len(a) != len(b) for a, b in zip(batch.ids, batch.labels, strict=True))
-        for one in supervised_of(batch, tokenizer):
-            answers = tuple(text for text in answers_to_learn(raws.get(one.where), one.answers) if text.strip())
-            if answers:
-                ids = () if decoder else one.ids
-                seen.append(
-                    _look(
-                        Row(f"{one.where}, {batch.name}", ids, one.labels, one.mask, answers),
-                        batch.name,
-                        one.where,
-                        known,
-                        tokenizer,
-                    )
-                )
-    if not seen:
-        raise NotAvailable("batches with labels, of rows with answers")
-    return seen
-
-
-def _padded_pair(evidence: Evidence, batches: Mapping[str, Batch]) -> Batch | None:
-    """Collate the rows of fewest and most tokens, where `short+long` happened to need no padding."""
-    pair = batches.get("short+long")
-    if pair is not None and any(0 in row for row in pair.mask):
-        return None
-    lengths = {
-        name: len(batch.ids[0]) for name, batch in batches.items() if name.startswith("row ") and len(batch.ids) == 1
-    }
-    if len(set(lengths.values())) < 2:
-        return None
-    examples = evidence.examples()
-    chosen = [examples[int(pick(lengths, key=lambda name: lengths[name]).split()[1])] for pick in (min, max)]
-    try:
-        return evidence.collate(
-            [one.raw for one in chosen],
-            "shortest+longest",
-            [one.where for one in chosen],
-            [one.answers for one in chosen],
-        )
-    except (UserCodeError, NotAvailable):
-        return None
-
-
-def _look(row: Row, batch: str, where: str, known: Tokens, tokenizer: Any) -> Seen:
-    """Compare one row; answers beyond ASCII are looked for by their bytes, because a letter may be cut into several tokens."""
-    shown = None
-    tokens, used = known, row
-    if any(not answer.isascii() for answer in row.answers):
-        shown = _shown(row, known, tokenizer)
-        tokens = replace(known, pieces=lambda one: latin(bytes_of(tokenizer, one, known.pieces(one))))
-        used = replace(row, answers=tuple(latin(answer.strip().encode()) for answer in row.answers))
-    difference = mask.compare(used, tokens)
-    if shown is not None:
-        difference = replace(difference, shown=shown)
-    padding, pictures = set(difference.padding), set(difference.pictures)
-    spans = [span for span in mask.find_answers(used, tokens) if span is not None] if used.ids else []
-    ordinary = {i for i in difference.extra if i not in padding and i not in pictures}
-    header: set[int] = set()
-    for span in spans:
-        i = (
-            span.start - 1 if span.start - 1 in ordinary else span.start - 2
-        )  # a newline before the answer is not counted
-        run = [j for j in range(i, max(i - HEADER - 1, -1), -1) if all(k in ordinary for k in range(j, i + 1))]
-        header.update(run if len(run) <= HEADER else ())
-    pad = known.pad
-    if pad is not None and not padding and all(row.mask) and len(ordinary) > 1:  # a batch without a mask
-        ends = [i for i in ordinary if row.ids[i] == pad and pad not in known.ends]
-        difference = replace(difference, padding=tuple(ends))
-        ordinary -= set(ends)
-    last = max((span.end if span.end is not None else span.stop - 1 for span in spans), default=len(row.ids))
-    tail = tuple(sorted(i for i in ordinary if i > last))
-    prompt = tuple(sorted(i for i in ordinary - header if i <= last))
-    return Seen(batch, where, used, tokens, difference, row.answers, prompt, tuple(sorted(header)), tail)
-
-
-def _shown(row: Row, known: Tokens, tokenizer: Any) -> str:
-    """Write a row whose letters may be cut into several tokens: marks at the borders of what carries loss, text decoded by runs."""
-    if not row.ids:
-        return "".join(known.pieces(one) for one in row.labels if one != mask.IGNORED)
-    parts: list[str] = []
-    start = 0
-    for i in range(1, len(row.ids) + 1):
-        if i == len(row.ids) or (row.labels[i] != mask.IGNORED) != (row.labels[start] != mask.IGNORED):
-            text = tokenizer.decode(list(row.ids[start:i]), skip_special_tokens=False)
-            text = text if len(text) <= 400 else text[:100] + " … " + text[-280:]
-            parts.append(f"⟦{text}⟧" if row.labels[start] != mask.IGNORED else text)
-            start = i
-    return "".join(parts)
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------
@@ -244,11 +60,17 @@ def source(evidence: Evidence) -> Evidence:
     held = getattr(trainer, "processing_class", None)
     return Evidence(
         replace(
-            subject, rows=chosen, splits=None, convert=None, collate=trainer.data_collator, build_trainer=None, model=evidence.tiny().model,
+            subject,
+            rows=chosen,
+            splits=None,
+            convert=None,
+            collate=trainer.data_collator,
+            build_trainer=None,
+            model=evidence.tiny().model,
             processor=subject.processor if subject.processor is not None else held,
             settings={**evidence.trainer().arguments, **evidence.options.flat},
         )
-    )  # fmt: skip
+    )
 
 
 @once
@@ -263,7 +85,8 @@ def verdict(evidence: Evidence) -> Verdict:
     seen = rows_of_batches(evidence)
     alone = [one for one in seen if "+" not in one.batch and one.batch not in MADE]
     alone = list({one.where: one for one in alone}.values())
-    padded = [one for one in seen if one.batch in ("short+long", "shortest+longest")]
+    side = evidence.options.get("padding_side", phase="train") or evidence.options.get("padding_side")
+    padded = [one for one in seen if one.batch in ("short+long", "shortest+longest", f"short+long, {side}")]
     made = {one.batch: one for one in seen if one.batch in MADE}
     place = place_of(evidence.subject.collate) if evidence.subject.collate is not None else "the trainer's collator"
     supervised = sorted(one.difference.supervised for one in alone)
@@ -296,9 +119,11 @@ def _explain(
     question = made.get("answer in the question")
     if question is not None and question.wrong and not question.cut:
         yield found(
-            "L05", where=place, evidence=question.told(),
-            cause="the answer is looked for by its text, and the question holds the same text: the first place is taken for the answer",
-        )  # fmt: skip
+            "L05",
+            where=place,
+            evidence=question.told(),
+            cause="the answer is looked for by its text: where the question holds the same text, that is taken for the answer",
+        )
         return
     yield from _turns(rest, made.get("two turns"), place)
 
@@ -353,13 +178,17 @@ def _masks(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding
     if none:
         if _only_answers(evidence):
             yield found(
-                "L12", where="assistant_only_loss=True", evidence=none[0].told(),
+                "L12",
+                where="assistant_only_loss=True",
+                evidence=none[0].told(),
                 cause="the template or the collator gives no mask of the assistant's turns, so nothing is left to learn",
-            )  # fmt: skip
+            )
         yield found(
-            "L02", where=place, evidence=f"{_many(none, rows)} without any token that carries loss\n{none[0].told()}",
+            "L02",
+            where=place,
+            evidence=f"{_many(none, rows)} without any token that carries loss\n{none[0].told()}",
             cause="the mark before the answer is not found in what the template writes, or everything is masked",
-        )  # fmt: skip
+        )
         return
     rows = [one for one in rows if not one.difference.lost]
     if not rows:
@@ -368,22 +197,29 @@ def _masks(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding
     if share > 0.5:
         way = "next" if shifted[0].difference.shifted > 0 else "previous"
         yield found(
-            "L11", where=place, evidence=f"{_many(shifted, rows)}: each label is the id of the {way} position\n{_pairs(shifted[0])}",
+            "L11",
+            where=place,
+            evidence=f"{_many(shifted, rows)}: each label is the id of the {way} position\n{_pairs(shifted[0])}",
             cause="the model shifts labels by one itself: shifted twice, each token is taught the wrong successor",
-        )  # fmt: skip
+        )
         return
     other, share = _share(rows, lambda one: one.difference.other)
     if other:
         lines = f"{_many(other, rows)}: labels hold other ids than the row has at their place\n{_pairs(other[0])}"
         if share > 0.8:
             yield found(
-                "L04", where=place, evidence=lines,
+                "L04",
+                where=place,
+                evidence=lines,
                 cause="labels were made of a row of another length than the ids: pictures not expanded, or another prompt",
-            )  # fmt: skip
+            )
         yield found(
-            "L05", where=place, evidence=lines, certainty=1.0 if share <= 0.8 else 0.6,
+            "L05",
+            where=place,
+            evidence=lines,
+            certainty=1.0 if share <= 0.8 else 0.6,
             cause="prompt and answer were tokenised apart: where they meet, other tokens come out than in the whole text",
-        )  # fmt: skip
+        )
         return
     several = [one for one in rows if len(one.answers) > 1]
     partly = [one for one in several if any(one.difference.turns) and not all(one.difference.turns)]
@@ -402,15 +238,22 @@ def _none_in_some(evidence: Evidence, none: list[Seen], rows: list[Seen], place:
     yield from others[:2]
     if len(others) < 2:
         yield found(
-            "L02", where=place, certainty=0.7 if others else 1.0, consequence_of=others[0].id if others else None,
+            "L02",
+            where=place,
+            certainty=0.7 if others else 1.0,
+            consequence_of=others[0].id if others else None,
             evidence=f"{_many(none, rows)} without any token that carries loss\n{none[0].told()}",
             cause="the answer is not found in these rows, and in the others it is",
-        )  # fmt: skip
+        )
     if not others:
         yield found(
-            "L05", where=place, certainty=0.9, evidence=f"{_many(none, rows)} are masked whole\n{none[0].told()}", consequence_of="L02",
+            "L05",
+            where=place,
+            certainty=0.9,
+            evidence=f"{_many(none, rows)} are masked whole\n{none[0].told()}",
+            consequence_of="L02",
             cause="the answer is looked for by ids that were made from its text alone: in these rows it is cut into other tokens",
-        )  # fmt: skip
+        )
 
 
 def _only_answers(evidence: Evidence) -> bool:
@@ -439,9 +282,11 @@ def _within_answers(evidence: Evidence, rows: list[Seen], place: str) -> Iterato
     control = [one for one in masked if kinds[id(one)][0]]
     if digits and len(digits) > 0.8 * len(masked):
         yield found(
-            "L09", where=place, evidence=f"{_many(digits, rows)}: only digits carry loss\n{digits[0].told()}",
+            "L09",
+            where=place,
+            evidence=f"{_many(digits, rows)}: only digits carry loss\n{digits[0].told()}",
             cause="the mask lets numbers through and nothing else: labels, syntax and end token are not taught",
-        )  # fmt: skip
+        )
         return
     if control and len(control) > 0.8 * len(masked):
         ended = sum(bool(one.difference.ends) for one in control)
@@ -453,13 +298,19 @@ def _within_answers(evidence: Evidence, rows: list[Seen], place: str) -> Iterato
         high = [one for one in control if mask.above_ordinary(one.row, one.tokens, one.difference)]
         if len(high) == len(control):
             yield found(
-                "T04", where=place, evidence=f"vocab_size={control[0].tokens.ordinary}, len(tokenizer)={len(evidence.tokenizer)}\n{lines}",
+                "T04",
+                where=place,
+                evidence=f"vocab_size={control[0].tokens.ordinary}, len(tokenizer)={len(evidence.tokenizer)}\n{lines}",
                 cause="exactly the ids at or above vocab_size are masked: control tokens lie there",
-            )  # fmt: skip
+            )
             yield found(
-                "L08", where=place, evidence=lines, certainty=0.9,
-                cause="every special token is masked, those of the answer too", consequence_of="T04",
-            )  # fmt: skip
+                "L08",
+                where=place,
+                evidence=lines,
+                certainty=0.9,
+                cause="every special token is masked, those of the answer too",
+                consequence_of="T04",
+            )
         else:
             yield found("L08", where=place, evidence=lines, cause="special tokens are masked, those of the answer too")
         return
@@ -467,10 +318,12 @@ def _within_answers(evidence: Evidence, rows: list[Seen], place: str) -> Iterato
     if masked:
         worst = max(masked, key=lambda one: len(one.difference.missing))
         yield found(
-            "L04" if len(masked) > 0.8 * len(rows) else "L05", where=place,
-            evidence=f"{_many(masked, rows)}: part of the answer carries no loss ({len(worst.difference.missing)} tokens here)\n{worst.told()}",
+            "L04" if len(masked) > 0.8 * len(rows) else "L05",
+            where=place,
+            evidence=f"{_many(masked, rows)}: part of the answer carries no loss "
+            f"({len(worst.difference.missing)} tokens here)\n{worst.told()}",
             cause="the mask begins or ends at another place than the answer",
-        )  # fmt: skip
+        )
 
 
 def _numbers_alone(one: Seen) -> bool:
@@ -492,9 +345,11 @@ def _ends(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding]
     absent, absent_share = _share(rows, lambda one: one.difference.absent)
     if absent and absent_share > 0.5:
         yield found(
-            "L01", where=place, evidence=f"{_many(absent, rows)}: no end token follows the answer\n{absent[0].told()}",
+            "L01",
+            where=place,
+            evidence=f"{_many(absent, rows)}: no end token follows the answer\n{absent[0].told()}",
             cause="the text that is tokenised ends with the answer: neither template nor collator writes an end token",
-        )  # fmt: skip
+        )
         return
     if not ends:
         return
@@ -507,22 +362,40 @@ def _ends(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding]
     same = pad is not None and all(pad in _end_ids(one) for one in ends)
     if same:
         yield found(
-            "T08", where=place, evidence=f"pad_token={tokenizer.pad_token!r} (id {pad}) is the end token\n{lines}",
+            "T08",
+            where=place,
+            evidence=f"pad_token={tokenizer.pad_token!r} (id {pad}) is the end token\n{lines}",
             cause="labels equal to the padding id are masked, and the end token has that id",
-        )  # fmt: skip
+        )
     yield found(
-        "L01", where=place, evidence=lines, certainty=0.9 if same else 1.0, cause="the mask ends before the end token"
-        if share > 0.5 else "the mask ends before the end token on some rows",
-    )  # fmt: skip
+        "L01",
+        where=place,
+        evidence=lines,
+        certainty=0.9 if same else 1.0,
+        cause="the mask ends before the end token"
+        if share > 0.5
+        else "the mask ends before the end token on some rows",
+    )
     ordinary = ends[0].tokens.ordinary
-    if not same and ordinary is not None and all(one >= ordinary for row in ends for one in _end_ids(row)) and not any(
-        token in row.tokens.control for row in ends for span in mask.find_answers(row.row, row.tokens) if span is not None
-        for token in row.row.ids[span.start : span.stop]
-    ):  # fmt: skip
+    if (
+        not same
+        and ordinary is not None
+        and all(one >= ordinary for row in ends for one in _end_ids(row))
+        and not any(
+            token in row.tokens.control
+            for row in ends
+            for span in mask.find_answers(row.row, row.tokens)
+            if span is not None
+            for token in row.row.ids[span.start : span.stop]
+        )
+    ):
         yield found(
-            "T04", where=place, evidence=f"vocab_size={ordinary}, and the masked end token lies above it\n{lines}", certainty=0.5,
+            "T04",
+            where=place,
+            evidence=f"vocab_size={ordinary}, and the masked end token lies above it\n{lines}",
+            certainty=0.5,
             cause="it may be masked because its id is not below vocab_size",
-        )  # fmt: skip
+        )
 
 
 def _end_ids(one: Seen) -> set[int]:
@@ -564,47 +437,68 @@ def _beyond_answers(evidence: Evidence, rows: list[Seen], place: str) -> Iterato
         only_answers = _only_answers(evidence)
         if only_answers:
             yield found(
-                "L12", where="assistant_only_loss=True", evidence=lines,
+                "L12",
+                where="assistant_only_loss=True",
+                evidence=lines,
                 cause="the option is set and the collator that is used does not obey it",
-            )  # fmt: skip
+            )
         whole = all(_first_real(one) in {*one.prompt, *one.difference.pictures} for one in prompt)
         yield found(
-            "L04", where=place, evidence=lines, certainty=0.9 if only_answers else 1.0,
-            cause="nothing of the prompt is masked" if whole
-            else "the prompt that was measured is shorter than the one in the row (pictures not expanded, another system message)",
-        )  # fmt: skip
+            "L04",
+            where=place,
+            evidence=lines,
+            certainty=0.9 if only_answers else 1.0,
+            cause="nothing of the prompt is masked"
+            if whole
+            else "the measured prompt is shorter than that of the row (pictures not expanded, another system message)",
+        )
         if only_answers:
             return
         image = evidence.image_token_id()
-        heavy = [one for one in pictures if any(one.row.ids[i] == image for i in one.difference.pictures)] if image is not None else pictures
+        heavy = (
+            [one for one in pictures if any(one.row.ids[i] == image for i in one.difference.pictures)]
+            if image is not None
+            else pictures
+        )
         if heavy:
             yield found(
-                "L03", where=place, evidence=f"{_many(pictures, rows)} with loss on picture tokens ({len(pictures[0].difference.pictures)} here)\n{pictures[0].told()}",
-                cause="picture tokens carry loss together with the prompt", certainty=1.0 if whole else 0.7,
-            )  # fmt: skip
+                "L03",
+                where=place,
+                evidence=f"{_many(pictures, rows)} with loss on picture tokens "
+                f"({len(pictures[0].difference.pictures)} here)\n{pictures[0].told()}",
+                cause="picture tokens carry loss together with the prompt",
+                certainty=1.0 if whole else 0.7,
+            )
         elif whole:
             same = mask.constant_share([one.row for one in rows])
             if same > 0.4:
                 yield found(
-                    "L07", where=place, evidence=f"{100 * same:.0f} % of the tokens with loss are the same in all {len(rows)} rows\n{worst.told()}",
+                    "L07",
+                    where=place,
+                    evidence=f"{100 * same:.0f} % of the tokens with loss are the same in all {len(rows)} rows\n{worst.told()}",
                     cause="the loss is an average over mostly constant tokens of the prompt, which are learnt at once",
-                )  # fmt: skip
+                )
         return
     if pictures or padding:
         hits = pictures or padding
         what = "picture" if pictures else "padding"
         yield found(
-            "L03", where=place, evidence=f"{_many(hits, rows)} with loss on {what} tokens\n{hits[0].told()}",
+            "L03",
+            where=place,
+            evidence=f"{_many(hits, rows)} with loss on {what} tokens\n{hits[0].told()}",
             cause=f"{what} tokens are not masked",
-        )  # fmt: skip
+        )
         return
     header, share = _share(rows, lambda one: one.header)
     if header and share > 0.5:
         yield found(
-            "L04", where=place, evidence=f"{_many(header, rows)}: the header of the answer's turn carries loss\n{header[0].told()}",
+            "L04",
+            where=place,
+            evidence=f"{_many(header, rows)}: the header of the answer's turn carries loss\n{header[0].told()}",
             cause="the prompt was measured without the generation prompt: a few constant tokens are taught beside the answer",
-            severity=2, certainty=0.7,
-        )  # fmt: skip
+            severity=2,
+            certainty=0.7,
+        )
 
 
 def _first_real(one: Seen) -> int:
@@ -613,19 +507,43 @@ def _first_real(one: Seen) -> int:
 
 def _only_padded(wrong: list[Seen], place: str) -> Iterator[Finding]:
     padding = [one for one in wrong if one.difference.padding]
-    other = [one for one in wrong if one.prompt or one.difference.missing or one.difference.ends or one.difference.none
-             or one.difference.pictures or one.difference.other or one.difference.shifted]  # fmt: skip
+    other = [
+        one
+        for one in wrong
+        if one.prompt
+        or one.difference.missing
+        or one.difference.ends
+        or one.difference.none
+        or one.difference.pictures
+        or one.difference.other
+        or one.difference.shifted
+    ]
     if other:
         left = any(one.row.mask and not one.row.mask[0] for one in other)
         yield found(
-            "L10", where=place, evidence=f"right alone, wrong in a batch padded on the {'left' if left else 'right'}\n{other[0].told()}",
-            cause="the mask counts from position 0, and padding has moved the row" if left else "the mask is right for one row alone",
-        )  # fmt: skip
+            "L10",
+            where=place,
+            evidence=f"right alone, wrong in a batch padded on the {'left' if left else 'right'}\n{other[0].told()}",
+            cause="the mask counts from position 0, and padding has moved the row"
+            if left
+            else "the mask is right for one row alone",
+        )
+        if left:
+            yield found(
+                "T07",
+                where=place,
+                evidence="the rows are padded on the left in training",
+                certainty=0.6,
+                consequence_of="L10",
+                cause="the collator's mask supposes that a row begins at position 0",
+            )
     elif padding:
         yield found(
-            "L03", where=place, evidence=f"{len(padding[0].difference.padding)} padding tokens carry loss\n{padding[0].told()}",
+            "L03",
+            where=place,
+            evidence=f"{len(padding[0].difference.padding)} padding tokens carry loss\n{padding[0].told()}",
             cause="padding is not masked in a batch of rows of different length",
-        )  # fmt: skip
+        )
 
 
 def _turns(rows: list[Seen], second: Seen | None, place: str) -> Iterator[Finding]:
@@ -636,17 +554,23 @@ def _turns(rows: list[Seen], second: Seen | None, place: str) -> Iterator[Findin
         if not all(turns) and any(turns):
             only_last = turns[-1]
             yield _one_turn(
-                second, "a row of yours with a second question; your own rows have one turn each", place,
-                severity=1 if only_last else 2, certainty=0.8,
-            )  # fmt: skip
+                second,
+                "a row of yours with a second question; your own rows have one turn each",
+                place,
+                severity=1 if only_last else 2,
+                certainty=0.4 if only_last else 0.8,
+            )
 
 
 def _one_turn(one: Seen, told: str, place: str, **more: Any) -> Finding:
     learnt = [i + 1 for i, turn in enumerate(one.difference.turns) if turn]
     return found(
-        "L06", where=place, evidence=f"{told}: of {len(one.row.answers)} answers those of turn {learnt} carry loss\n{one.told()}",
-        cause="the mask is made for one answer", **more,
-    )  # fmt: skip
+        "L06",
+        where=place,
+        evidence=f"{told}: of {len(one.row.answers)} answers those of turn {learnt} carry loss\n{one.told()}",
+        cause="the mask is made for one answer",
+        **more,
+    )
 
 
 def of_stage(evidence: Evidence, letter: str) -> Iterator[Finding | Checked]:

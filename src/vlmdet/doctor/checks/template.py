@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from vlmdet.doctor.calls import NotAvailable, UserCodeError, place_of
+from vlmdet.doctor.calls import NotAvailable, UserCodeError, call, place_of
 from vlmdet.doctor.checks import Check, Outcome, check, found, looked, skipped, supervision
 from vlmdet.doctor.evidence import PICTURE_WORDS, Evidence
 from vlmdet.doctor.findings import Finding
+from vlmdet.doctor.gather import conversations
 
 WITHOUT_TEMPLATE = ("paligemma", "florence2", "")
 """Families whose processors need none, and an unknown one."""
@@ -74,9 +75,11 @@ def chat_template(evidence: Evidence) -> Outcome:
             yield looked("T01", "the processor has no template, and the collator writes the markers itself")
             return
         yield found(
-            "T01", where="processor.chat_template", evidence=f"neither the processor nor its tokenizer has a chat template; family {family}",
+            "T01",
+            where="processor.chat_template",
+            evidence=f"neither the processor nor its tokenizer has a chat template; family {family}",
             cause="the processor of a pretrained base, or one that was saved without its template",
-        )  # fmt: skip
+        )
         return
     problem = _template_problem(evidence, family)
     if problem is None and ids is not None:
@@ -147,7 +150,7 @@ def _some_ids(evidence: Evidence) -> list[int] | None:
 
 @check("T02", needs=("rows|splits", "processor", "collate"))
 def doubled(evidence: Evidence) -> Outcome:
-    """Look for two equal control tokens one after the other: begin, end and turn marks, not pictures, padding or what answers hold."""
+    """Look for two equal begin, end or turn marks one after the other."""
     tokenizer = evidence.tokenizer
     names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
     watched = {value for name in names if isinstance(value := getattr(tokenizer, name, None), int)} | set(
@@ -169,9 +172,11 @@ def doubled(evidence: Evidence) -> Outcome:
     if hits:
         where, text = next(iter(hits.items()))
         yield found(
-            "T02", where=place_of(evidence.subject.collate), evidence=f"{len(hits)} rows, e.g. {where}: … {text} …",
+            "T02",
+            where=place_of(evidence.subject.collate),
+            evidence=f"{len(hits)} rows, e.g. {where}: … {text} …",
             cause="the template writes the token, and the tokenizer or the collator adds it once more",
-        )  # fmt: skip
+        )
     else:
         yield looked("T02", f"{rows} rows of batches, no begin, end or turn token twice in a row")
 
@@ -206,9 +211,12 @@ def control_strings(evidence: Evidence) -> Outcome:
                 for one, pieces in list(chosen.items())[:6]
             ]
             yield found(
-                "T03", where="processor.tokenizer", evidence=f"{len(chosen)} of {len(strings)} control strings\n" + "\n".join(lines),
-                cause="this tokenizer does not know them: it is that of another model, or they were never added", severity=severity,
-            )  # fmt: skip
+                "T03",
+                where="processor.tokenizer",
+                evidence=f"{len(chosen)} of {len(strings)} control strings\n" + "\n".join(lines),
+                cause="this tokenizer does not know them: it is that of another model, or they were never added",
+                severity=severity,
+            )
             return
     row = _lost_in_batch(evidence, strings)
     if row is not None:
@@ -239,10 +247,12 @@ def _lost_in_batch(evidence: Evidence, strings: dict[str, int]) -> Finding | Non
                 ):
                     at = text.index(one)
                     return found(
-                        "T03", where=place_of(evidence.subject.collate),
-                        evidence=f"{where}: {one} is one token (id {token}), and the collator's ids spell it out:\n… {text[max(0, at - 80) : at + 80]} …",
+                        "T03",
+                        where=place_of(evidence.subject.collate),
+                        evidence=f"{where}: {one} is one token (id {token}), and the collator's ids spell it out:\n"
+                        f"… {text[max(0, at - 80) : at + 80]} …",
                         cause="the collator tokenises with another tokenizer, or with split_special_tokens",
-                    )  # fmt: skip
+                    )
     return None
 
 
@@ -250,6 +260,35 @@ def _lost_in_batch(evidence: Evidence, strings: dict[str, int]) -> Finding | Non
 def masks_by_token(evidence: Evidence) -> Outcome:
     """What the verdict on labels says of vocab_size, of padding that is the end token, and of rows that are cut."""
     yield from supervision.of_stage(evidence, "T")
+
+
+@check("T09", needs=("settings", "rows|splits", "processor"))
+def length_set(evidence: Evidence) -> Outcome:
+    """Compare max_length with the lengths of rows as the processor makes them, where there is no collator to ask."""
+    if evidence.subject.collate is not None or evidence.subject.build_trainer is not None:
+        return  # what these cut is seen in their rows
+    limit = evidence.options.number("max_length")
+    if limit is None:
+        raise NotAvailable("collate, or max_length in the settings")
+    lengths = []
+    examples = sorted(evidence.examples(), key=lambda one: -len(one.answer))[:12]
+    for one in examples:
+        pictures = one.open()
+        text = evidence.render_text(conversations.bare(one.messages))
+        made = call("model", evidence.subject.processor, text=[text], images=[pictures] if pictures else None)
+        lengths.append(len(made["input_ids"][0]))
+    over = sum(length > limit for length in lengths)
+    told = f"{evidence.options.shown('max_length')}; {len(lengths)} rows have up to {max(lengths)} tokens with their pictures"
+    if over:
+        yield found(
+            "T09",
+            where=evidence.options.shown("max_length"),
+            evidence=f"{told}; {over} are longer",
+            cause="rows are cut where they are longer than the limit: their answers, which come last, first of all",
+            certainty=0.9,
+        )
+    else:
+        yield looked("T09", told)
 
 
 @check("T07", needs=("settings|processor",))
@@ -260,16 +299,23 @@ def padding_side(evidence: Evidence) -> Outcome:
         getattr(evidence.tokenizer, "padding_side", None) if evidence.subject.processor is not None else None
     )
     batch = next(
-        (value for phase in ("eval", "callback", "base") if (value := options.number("per_device_train_batch_size", phase=phase)) is not None),
+        (
+            value
+            for phase in ("eval", "callback", "base")
+            if (value := options.number("per_device_train_batch_size", phase=phase)) is not None
+        ),
         options.number("per_device_eval_batch_size"),
-    )  # fmt: skip
+    )
     for phase in ("eval", "callback", "base", "serve"):
         side = options.get("padding_side", phase=phase)
         if side == "right" and (batch is None or batch > 1):
             yield found(
-                "T07", where=options.shown("padding_side", phase=phase), cause="generation goes on behind the padding of the shorter prompts",
-                evidence=f"{options.shown('padding_side', phase=phase)}" + (f", batches of {batch:.0f}" if batch else ""),
-            )  # fmt: skip
+                "T07",
+                where=options.shown("padding_side", phase=phase),
+                cause="generation goes on behind the padding of the shorter prompts",
+                evidence=f"{options.shown('padding_side', phase=phase)}"
+                + (f", batches of {batch:.0f}" if batch else ""),
+            )
             return
         if side == "left":
             yield looked("T07", options.shown("padding_side", phase=phase))
@@ -278,21 +324,27 @@ def padding_side(evidence: Evidence) -> Outcome:
     generates = "max_new_tokens" in options
     if side == "right" and generates and batch is not None and batch > 1:
         yield found(
-            "T07", where=options.shown("padding_side"), certainty=0.7, cause="the same side is used where answers are generated in batches",
+            "T07",
+            where=options.shown("padding_side"),
+            certainty=0.7,
+            cause="the same side is used where answers are generated in batches",
             evidence=f"{options.shown('padding_side')}, {options.shown('max_new_tokens')}, batches of {batch:.0f} in evaluation",
-        )  # fmt: skip
+        )
     elif side is None and tokenizer_side == "right" and generates and batch is not None and batch > 1:
         yield found(
-            "T07", where="processor.tokenizer.padding_side", certainty=0.5, severity=2,
+            "T07",
+            where="processor.tokenizer.padding_side",
+            certainty=0.5,
+            severity=2,
             cause="unless the evaluation sets the side itself, generation goes on behind the padding of the shorter prompts",
             evidence=f"padding_side='right', {options.shown('max_new_tokens')}, batches of {batch:.0f} in evaluation",
-        )  # fmt: skip
+        )
     elif side is None and batch is None and not generates:
         yield skipped("T07", "padding side and batch size of the evaluation in the settings")
     else:
         yield looked(
             "T07",
-            f"padding_side={side or tokenizer_side!r}, batches of {int(batch) if batch else 'unknown size'} where answers are generated",
+            f"padding_side={side or tokenizer_side!r}, batches of {int(batch) if batch else 'unknown size'} in evaluation",
         )
 
 
@@ -311,9 +363,11 @@ def generation_prompt(evidence: Evidence) -> Outcome:
     flag = flag if flag is not None else evidence.options.get("add_generation_prompt", phase="serve")
     if flag is False:
         yield found(
-            "T10", where="add_generation_prompt=False", evidence="settings of inference: add_generation_prompt=False",
+            "T10",
+            where="add_generation_prompt=False",
+            evidence="settings of inference: add_generation_prompt=False",
             cause="the model must first write the header of its own turn",
-        )  # fmt: skip
+        )
         return
     if evidence.subject.render is not None:
         asked = evidence.asked()
@@ -321,9 +375,11 @@ def generation_prompt(evidence: Evidence) -> Outcome:
         without = [one for one in whole if not one.text.rstrip().endswith(header)]
         if without and len(without) > len(whole) / 2:
             yield found(
-                "T10", where=place_of(evidence.subject.render), cause="add_generation_prompt is not set at inference",
+                "T10",
+                where=place_of(evidence.subject.render),
+                cause="add_generation_prompt is not set at inference",
                 evidence=f"{without[0].where}: the question ends with …{without[0].text[-80:]!r}\nshould end with {header!r}",
-            )  # fmt: skip
+            )
             return
         if whole:
             seen.append(f"{len(whole)} questions of inference end with {header!r}")
@@ -353,11 +409,21 @@ def _trained_header(evidence: Evidence, header: str, seen: list[str]) -> Iterato
                 shown = shown or f"{where}: the row ends with …{text[-120:]!r}"
     if rows and open_turn > rows / 2:
         yield found(
-            "T10", where=place_of(evidence.subject.collate), evidence=f"{open_turn} of {rows} rows\n{shown}",
+            "T10",
+            where=place_of(evidence.subject.collate),
+            evidence=f"{open_turn} of {rows} rows\n{shown}",
             cause="add_generation_prompt is set in training: an empty turn follows each answer",
-        )  # fmt: skip
+        )
     else:
         seen.append(f"{rows} rows of training end with their answer's turn")
 
 
-CHECKS: tuple[Check, ...] = (chat_template, doubled, control_strings, masks_by_token, padding_side, generation_prompt)
+CHECKS: tuple[Check, ...] = (
+    chat_template,
+    doubled,
+    control_strings,
+    masks_by_token,
+    length_set,
+    padding_side,
+    generation_prompt,
+)

@@ -42,6 +42,18 @@ class Example:
     answers: tuple[str, ...]
 
     @property
+    def written(self) -> str:
+        """Answers of all turns, one a line: what is learnt of the row."""
+        return "\n".join(self.answers)
+
+    @property
+    def questions(self) -> str:
+        """Questions of all turns, one a line."""
+        return "\n".join(
+            text_of(one) for one in self.messages if str(one.get("role", one.get("from", ""))) in ("user", "human")
+        )
+
+    @property
     def pictures(self) -> list[Any]:
         """Pictures as the converter gave them: beside the messages, else those within them."""
         return pictures_of(self.raw)
@@ -186,6 +198,15 @@ def copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: copied(one) for key, one in value.items()}
     return [copied(one) for one in value] if isinstance(value, list) else value
+
+
+def with_messages(raw: Mapping[str, Any], messages: Messages) -> Any:
+    """Return a converted row with other turns.
+
+    Raises:
+        NotAvailable: the row holds its turns in no known form.
+    """
+    return _change(raw, lambda _: messages)
 
 
 def with_answer(example: Example, answer: str) -> Any:

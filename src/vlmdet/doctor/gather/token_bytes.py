@@ -1,6 +1,7 @@
 """The bytes that a token stands for, where a letter may be cut into several tokens.
 
-When: to find an answer of Chinese or accented letters among token ids. Source: GPT-2's byte-level vocabulary writes each byte as one
+When: to find an answer of Chinese or accented letters among token ids. Source: GPT-2's byte-level vocabulary writes each
+byte as one
 printable letter; sentencepiece writes bytes that it has no piece for as `<0xE4>`.
 """
 
