@@ -203,6 +203,19 @@ def test_cards_that_do_not_fit_are_on_pages_beside(scored: Path, monkeypatch: py
     assert [path.name for path in scored.glob("*.html")] == ["report.html"]
 
 
+def test_a_picture_of_several_rows_is_on_a_page_once(scored: Path, made: SimpleNamespace) -> None:
+    rows = [made.row(key, image="good.png") for key in ("good", "half", "bad")]
+    for model in ("base", "tuned"):
+        path = scored / "eval" / "test" / model / "predictions.jsonl"
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    page, _ = said(scored)
+    links = [value or "" for name, value in page.attributes if name == "href"]
+    assert sum(link.startswith("data:image/webp") for link in links) == 1
+    assert links.count("#picture-0-0-0") == 5
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
 def test_of_many_pictures_the_worst_and_the_best_are_shown() -> None:
     assert _spread(list("abcdefghij"), 5) == ["a", "b", "c", "j", "d"]
     assert sorted(_spread(list("abc"), 9)) == ["a", "b", "c"]

@@ -137,9 +137,12 @@ def _fill(
 ) -> tuple[Markup, int]:
     """Lay thumbnails into the gaps of cards; returns HTML and the bytes of the thumbnails."""
     thumbnails, spent = _thumbnails(cards, prefix, folder=folder, room=room, beside=beside)
-    pieces = []
+    pieces, laid = [], set()
     for card in cards:
         first, again = thumbnails[card.image] if card.image in thumbnails else (_gone("no picture is named"),) * 2
+        if card.image in laid:  # two rows may be about one picture
+            first = again
+        laid.add(card.image)
         filled = [card.pieces[0]]
         for panel, piece in enumerate(card.pieces[1:]):
             filled += [first if panel == 0 else again, piece]
