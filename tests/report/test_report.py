@@ -247,6 +247,25 @@ def test_a_broken_file_is_named(scored: Path, name: str, text: str) -> None:
         write_report(scored, say=lambda text: None)
 
 
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({"score_source": "first_token", "score_calibrated": False}, "first_token, not calibrated"),
+        (
+            {"score_source": "first_token", "score_calibrated": {"split": "val"}},
+            "first_token, calibrated on the split val",
+        ),
+        ({"prompt_version": "detect-7"}, "prompt versiondetect-7"),
+        ({"allow": {"labels": {"trained": ["a"], "now": ["<b>"]}}}, "--allow labelstrained: ['a']; now: ['<b>']"),
+    ],
+)
+def test_conditions_say_what_the_record_says(scored: Path, meta: dict[str, object], words: str) -> None:
+    file = scored / "eval" / "test" / "tuned" / "results.json"
+    results = json.loads(file.read_text())
+    file.write_text(json.dumps(results | {"meta": results["meta"] | meta}))
+    assert words in said(scored)[0].text.replace("\n", "")
+
+
 def test_the_newest_scored_number_is_taken(scored: Path) -> None:
     (scored.parent / "002").mkdir()
     assert find_scored(scored.parent) == scored

@@ -156,7 +156,13 @@ def conditions(run: Run, split: Split) -> Iterator[tuple[str, str]]:
     yield "max_pixels", str(meta.get("max_pixels") or "not recorded")
     yield "decoding", str(decoding or "not recorded")
     yield "dtype", str(meta.get("dtype") or "not recorded")
-    yield "score_source", str(meta.get("score_source") or ", ".join(sorted(sources)) or "none: boxes have no scores")
+    source = str(meta.get("score_source") or ", ".join(sorted(sources)))
+    calibrated = meta.get("score_calibrated")  # what it was fitted on, false, or not recorded
+    how = f", calibrated on the split {calibrated.get('split')}" if isinstance(calibrated, Mapping) else ""
+    how = ", not calibrated" if calibrated is False else how
+    yield "score_source", source + how if source else "none: boxes have no scores"
+    for name, values in mapping(meta.get("allow")).items():
+        yield f"--allow {name}", f"trained: {mapping(values).get('trained')}; now: {mapping(values).get('now')}"
     intervals = f"95 %, {meta['resamples']} resamples of pictures" if meta.get("resamples") else "95 %"
     yield "intervals", intervals
 
