@@ -271,6 +271,29 @@ def part_options(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
     return found
 
 
+def shown(grid: Grid | None, patch: int | None) -> str:
+    """Return `(1, 46, 34): 476 x 644 pixels`."""
+    if grid is None:
+        return "none"
+    return f"{tuple(grid)}" + (f", {grid[2] * patch} x {grid[1] * patch} pixels" if patch else "")
+
+
+def area(grid: Grid, patch: int) -> int:
+    """Return the pixels of a grid."""
+    return grid[1] * grid[2] * patch * patch
+
+
+_SIZE_WORDS = ("min_pixels", "max_pixels", "size", "do_resize")
+
+
+def size_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: keywords[name] for name in _SIZE_WORDS if keywords.get(name) is not None}
+
+
+def far(first: Grid, second: Grid) -> bool:
+    return not 0.8 < first[1] * first[2] / (second[1] * second[2]) < 1.25
+
+
 # ---- colours in a batch ---------------------------------------------------------------------------------------------
 
 

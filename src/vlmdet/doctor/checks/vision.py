@@ -1,7 +1,7 @@
 """Checks of the stage vision: sizes, numbers and colours of pictures as the user's collator hands them to the model.
 
-When: after the labels. Sizes are looked at in `vision_sizes`, positions and generation in `positions`; here pictures are
-exchanged and coloured, and the batch must follow.
+When: after the labels. Sizes are looked at in `vision_sizes` and `vision_limits`, positions and generation in `positions`;
+here pictures are exchanged and coloured, and the batch must follow. Long, because it also lists every check of the stage.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError, place_of
-from vlmdet.doctor.checks import Check, Outcome, check, found, looked, positions, vision_sizes
+from vlmdet.doctor.checks import Check, Outcome, check, found, looked, positions, vision_limits, vision_sizes
 from vlmdet.doctor.checks.picture_paths import channels, collate_drawn, merge_of, one_picture, pixel_rows, plain_picture
 from vlmdet.doctor.gather.batches import IGNORED, Batch
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 @check("V02")
 def limit_obeyed(evidence: Evidence) -> Outcome:
     """Send a drawn picture over max_pixels through the user's path."""
-    yield from vision_sizes.limit_obeyed(evidence)
+    yield from vision_limits.limit_obeyed(evidence)
 
 
 @check("V12")
 def limit_saved(evidence: Evidence) -> Outcome:
     """Look for limits in the environment and in modules that the processor does not carry."""
-    yield from vision_sizes.limit_saved(evidence)
+    yield from vision_limits.limit_saved(evidence)
 
 
 @check("V03", needs=("rows|splits", "processor", "collate"))
@@ -48,7 +48,7 @@ def same_everywhere(evidence: Evidence) -> Outcome:
 @check("V04", needs=("rows|splits",))
 def tokens_per_picture(evidence: Evidence) -> Outcome:
     """Count image tokens of every picture under the limits that hold."""
-    yield from vision_sizes.tokens_per_picture(evidence)
+    yield from vision_limits.tokens_per_picture(evidence)
 
 
 # ---- V05: tokens and patches ----------------------------------------------------------------------------------------
