@@ -27,9 +27,11 @@ _STAGE = re.compile(r"(?:stage|phase|step|round|s)[ _-]?(\d+)", re.IGNORECASE)
 @check("O09", needs=("artefacts|settings",))
 def stages_follow(evidence: Evidence) -> Outcome:
     """Compare where each stage of several started with where the one before it ended."""
-    stages = _stages(evidence)
+    stages = _stages(evidence) or []
     if len(stages) < 2:
-        raise NotAvailable("artefacts or settings of two stages (stage1, stage2)")
+        stages = _previous(evidence)
+    if len(stages) < 2:
+        raise NotAvailable("artefacts or settings of two stages (stage1, stage2; or previous_stage and adapter)")
     told: list[str] = []
     for (before, first), (after, second) in pairwise(stages):
         wrong = _breaks(first, second)
@@ -75,6 +77,33 @@ def _stages(evidence: Evidence) -> list[tuple[str, dict[str, Any]]]:
         if isinstance(value, Mapping):
             stages.setdefault(number, (f"stage {number}", {}))[1].update(value)
     return [stages[number] for number in sorted(stages)]
+
+
+_EARLIER = (
+    "previous_stage",
+    "previous",
+    "prior_stage",
+    "earlier_stage",
+    "parent",
+    "parent_run",
+    "stage_before",
+    "continued_from",
+)
+_CONTINUES = ("init_from", "continue_from", "start_from", "resume_from_stage", "previous_stage", "parent")
+
+
+def _previous(evidence: Evidence) -> list[tuple[str, dict[str, Any]]]:
+    """Return the stage that a run says it continues, and what its adapter started from; [] where neither is told."""
+    held = evidence.artefacts() if evidence.subject.artefacts is not None else {}
+    paths = [str(held[name].path) for name in _EARLIER if name in held and held[name].exists]
+    for key in _CONTINUES:
+        if isinstance(value := evidence.options.flat.get(key), (str, Path)):
+            paths.append(str(value))
+    later = next((one for name, one in held.items() if name not in _EARLIER and CONFIG in one.configs), None)
+    if not paths or later is None:
+        return []
+    base = later.configs[CONFIG].get("base_model_name_or_path")
+    return [("the stage before", {"paths": paths, "base": base}), (later.name, {"base": base})]
 
 
 _START = ("start_fingerprint", "base_fingerprint", "parent_fingerprint", "init_fingerprint", "start_hash", "base_hash")
