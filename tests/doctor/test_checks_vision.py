@@ -404,6 +404,10 @@ def test_v06(fields: dict[str, Any], cause: str) -> None:
     assert cause in examined("V06", **fields)["V06"]["cause"]
 
 
+def test_v06_explains_rows_that_change() -> None:
+    assert examined("V06", "V11", collate=make_collate(order=lambda images: images[::-1])).keys() == {"V06"}
+
+
 def without_attention(batch: Any) -> Any:
     return batch["attention_mask"] * (batch["input_ids"] != PROCESSOR.image_token_id)
 

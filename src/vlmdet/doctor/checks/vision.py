@@ -425,9 +425,9 @@ def rows_together(evidence: Evidence) -> Outcome:
         return
     if len(batch.ids) != len(chosen):
         raise NotAvailable(f"a batch of {len(chosen)} rows; the collator made {len(batch.ids)}")
+    token = evidence.image_token_id()  # how many of these there are goes by the picture: V05 and V06
     for i, one in enumerate(alone):
-        kept = _real(batch, i)
-        single = _real(one, 0)
+        kept, single = _real(batch, i, token), _real(one, 0, token)
         if kept[0] != single[0]:
             lengths = f"{len(single[0])} tokens alone, {len(kept[0])} in the batch"
             yield found(
@@ -461,9 +461,9 @@ def rows_together(evidence: Evidence) -> Outcome:
     )
 
 
-def _real(batch: Batch, row: int) -> tuple[list[int], list[int] | None]:
-    """Return ids and labels of a row without its padding."""
-    places = [i for i, one in enumerate(batch.mask[row]) if one]
+def _real(batch: Batch, row: int, token: int | None) -> tuple[list[int], list[int] | None]:
+    """Return ids and labels of a row without its padding and image tokens."""
+    places = [i for i, one in enumerate(batch.mask[row]) if one and batch.ids[row][i] != token]
     ids = [batch.ids[row][i] for i in places]
     if batch.labels is None or len(batch.labels[row]) != len(batch.mask[row]):
         return ids, None
