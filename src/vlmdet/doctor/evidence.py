@@ -340,7 +340,7 @@ class Evidence:
         """Return in which order and space the numbers of the targets are, found by comparison with the true boxes."""
         annotations, truth, examples = self.annotations(), self.truth(), self.examples()
         used = [one for one in examples if truth[one.index] is not None and annotations[one.index].size is not None]
-        numbers = [np.array([box.numbers for box in boxes_in(one.answer)], float).reshape(-1, 4) for one in used]
+        numbers = [np.array([box.numbers for box in boxes_in(one.written)], float).reshape(-1, 4) for one in used]
         sizes = [annotations[one.index].size or (1, 1) for one in used]
         seen = [self.size_seen(annotations[one.index]) for one in used]
         given = [given_size(one) for one in used]
@@ -426,7 +426,7 @@ class Evidence:
         if not examples:
             raise NotAvailable("rows with an answer")
         by_length = sorted(examples, key=lambda one: len(one.answer))
-        most = max(examples, key=lambda one: len(boxes_in(one.answer)))
+        most = max(examples, key=lambda one: len(boxes_in(one.written)))
         short, long = by_length[0], by_length[-1]
         found: dict[str, Any] = {
             name: (one.raw, one.where, one.answers) for name, one in (("short", short), ("long", long))

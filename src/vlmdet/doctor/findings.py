@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+MINOR = 1.0
+"""Causes of less weight (hints of severity 1) are told last, after what the others bring about."""
+
 SHOWN = 5
 """Findings told at most, apart from consequences; the others are listed by id under `further`."""
 
@@ -19,6 +22,7 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "D03": ("D05", "D16", "E14", "D04"),
     "D04": ("E14", "C04", "C05"),
     "D06": ("D08", "D05"),
+    "D05": ("E04",),
     "D08": ("D05",),
     "D09": ("E03", "E14", "D05"),
     "D12": ("E03", "E04", "O08"),
@@ -197,6 +201,7 @@ def rank(found: Iterable[Finding], *, shown: int = SHOWN) -> tuple[tuple[Finding
 
     Output: findings to show and those over the limit. One id is told once (the one with the most weight). A finding is
     a consequence where a cause of `CONSEQUENCES` was found with at least half its weight; chains end at the first cause.
+    Causes come first, then consequences, then causes of less weight than `MINOR`.
     """
     best: dict[str, Finding] = {}
     for one in found:
@@ -206,7 +211,9 @@ def rank(found: Iterable[Finding], *, shown: int = SHOWN) -> tuple[tuple[Finding
     cause_of = {one.id: one.consequence_of or _cause(one, order) for one in order}
     causes = [one for one in order if cause_of[one.id] is None]
     effects = [replace(one, consequence_of=_first(one.id, cause_of)) for one in order if cause_of[one.id] is not None]
-    return (*causes[:shown], *effects), tuple(causes[shown:])
+    told = causes[:shown]
+    major = [one for one in told if one.weight >= MINOR]
+    return (*major, *effects, *told[len(major) :]), tuple(causes[shown:])
 
 
 def _cause(one: Finding, order: Sequence[Finding]) -> str | None:

@@ -44,6 +44,7 @@ NATIVE = {
 _Y_FIRST = re.compile(
     r"y_?1\W{1,4}x_?1|y_?min\W{1,4}x_?min|top\W{1,4}left\W{1,4}bottom|yxyx|y0\W{1,4}x0", re.IGNORECASE
 )
+_X_FIRST = re.compile(r"x_?1\W{1,4}y_?1|x_?min\W{1,4}y_?min|left\W{1,4}top\W{1,4}right|xyxy|x0\W{1,4}y0", re.IGNORECASE)
 _SIZES = re.compile(r"xywh|\bwidth\b|\bw\W{1,3}h\b", re.IGNORECASE)
 _UNITS = re.compile(r"pixel|absolute|normali[sz]ed|0\s*(?:to|-|–|\.\.)\s*1|relative|per.?cent", re.IGNORECASE)
 
@@ -85,8 +86,11 @@ def order_of_rows(evidence: Evidence) -> Outcome:
             evidence, shown, declared, other, f"{figures}; the largest number of all is {highest:.3g}", 1.0
         )
     elif bad > 0.03 and count >= 3:
+        refuted = {
+            one for one, (ours, theirs, wins, number) in contrast.items() if better(theirs, ours, 1 - wins, number)
+        }
         rank = sorted(
-            others,
+            others.keys() - refuted,
             key=lambda one: (
                 others[one] > bad / 4,
                 round(others[one], 2),
@@ -94,9 +98,11 @@ def order_of_rows(evidence: Evidence) -> Outcome:
                 -contrast.get(one, (0, 0, 0, 0))[1],
             ),
         )
-        best = rank[0]
-        if others[best] <= bad / 4 and others[best] < 0.05:
-            strength = min(1.0, 0.7 + bad)
+        best = rank[0] if rank else declared
+        if best != declared and others[best] <= bad / 4 and others[best] < 0.05:
+            # another unit makes few odd boxes valid whatever they are: it needs many, or the pictures' word
+            noise = best.unit != declared.unit and bad < 0.5 and not better(*contrast.get(best, (0.0, 0.0, 0.0, 0)))
+            strength = 0.5 if noise else min(1.0, 0.7 + bad)
             finding = _misread(
                 evidence,
                 shown,
@@ -172,9 +178,9 @@ def space_of_targets(evidence: Evidence) -> Outcome:
     native = NATIVE.get(family)
     figures = f"{space.boxes} boxes of targets lie on the true ones as {space} (mean IoU {space.iou:.2f}"
     figures += f"; {space.runner_up}: {space.runner_up_iou:.2f})"
-    prompts = " ".join({one.prompt + (one.system or "") for one in evidence.examples()[:50]})
-    example = next(one for one in evidence.examples() if boxes_in(one.answer))
-    shown = f"{figures}\n{example.where}: {example.answer[:200]}"
+    prompts = " ".join({one.questions + (one.system or "") for one in evidence.examples()[:50]})
+    example = next(one for one in evidence.examples() if boxes_in(one.written))
+    shown = f"{figures}\n{example.where}: {example.written[:200]}"
     annotation = evidence.annotations()[example.index]
     if annotation.boxes is not None:
         shown += f"\nannotated: {np.round(annotation.boxes, 4).tolist()[:4]} in a picture of {annotation.size}"
@@ -186,20 +192,18 @@ def space_of_targets(evidence: Evidence) -> Outcome:
             told.add(finding.id)
             yield finding
     else:
-        wanted = native[0] if native else "xyxy"
+        wanted = _wanted_order(native, prompts, example.written)
         lead = space.iou - (space.runner_up_iou if space.runner_up.split("/")[0] != space.order else 0)
-        if (
-            lead > 0.08
-            and {space.order, wanted} == {"xyxy", "yxyx"}
-            and bool(_Y_FIRST.search(prompts)) != (space.order == "yxyx")
-        ):
+        if lead > 0.08 and {space.order, wanted} == {"xyxy", "yxyx"}:
             told.add("D01")
             yield found(
                 "D01",
                 where=example.where,
                 evidence=shown,
                 certainty=(0.95 if native else 0.7) * sure,
-                cause=f"the targets are written {space.order}, and {family or 'the usual model'} writes {wanted}",
+                cause=f"the targets are written {space.order}, and "
+                + ("the question asks for" if _asked_order(prompts) else f"{family or 'the usual model'} writes")
+                + f" {wanted}",
             )
         elif lead > 0.08 and space.order in ("xywh", "cxcywh") and not _SIZES.search(prompts):
             told.add("D02")
@@ -219,6 +223,22 @@ def space_of_targets(evidence: Evidence) -> Outcome:
             yield skipped("D04", "the model's family (settings['model_name'], processor or model)")
         elif identifier not in told:
             yield looked(identifier, figures)
+
+
+def _asked_order(prompts: str) -> str:
+    """Return the order that the questions ask for, "" where they say nothing or name both."""
+    first = {name for name, words in (("yxyx", _Y_FIRST), ("xyxy", _X_FIRST)) if words.search(prompts)}
+    return first.pop() if len(first) == 1 else ""
+
+
+def _wanted_order(native: tuple[str, str] | None, prompts: str, written: str) -> str:
+    """Return the order that targets should have: as asked for, else as the family writes in its own syntax."""
+    asked = _asked_order(prompts)
+    if asked:
+        return asked
+    if native is not None and (native[0] != "yxyx" or "<loc" in written):  # y first belongs to location tokens
+        return native[0]
+    return "xyxy"
 
 
 def _wrong_space(
@@ -263,7 +283,7 @@ def _scaled(evidence: Evidence, space: Space, shown: str) -> Finding | None:
     """Fit numbers of targets against the true pixels on each axis: a constant factor is a mistake of unit."""
     annotations, truth = evidence.annotations(), evidence.truth()
     rows = [
-        (np.array([box.numbers for box in boxes_in(one.answer)], float), truth[one.index], annotations[one.index].size)
+        (np.array([box.numbers for box in boxes_in(one.written)], float), truth[one.index], annotations[one.index].size)
         for one in evidence.examples()
     ]
     pairs = [
@@ -315,10 +335,10 @@ def boxes_left_out(evidence: Evidence) -> Outcome:
         if annotation.boxes is None:
             continue
         wanted = len(annotation.boxes)
-        asked = {label for label in names if label.lower() in one.prompt.lower()}
+        asked = {label for label in names if label.lower() in one.questions.lower()}
         if asked and len(names) > 1 and any(label for label in annotation.labels):
             wanted = min(wanted, max(sum(label in asked for label in annotation.labels), 1))
-        written = len(boxes_in(one.answer))
+        written = len(boxes_in(one.written))
         if wanted >= 2:
             several += 1
             if written < wanted:
@@ -327,14 +347,18 @@ def boxes_left_out(evidence: Evidence) -> Outcome:
                     worst = (one, wanted, written)
     if not several:
         raise NotAvailable("rows with several boxes beside their targets")
-    if worst is not None and fewer >= max(1, 0.1 * several) and boxes_in(" ".join(evidence.targets())):
+    if (
+        worst is not None
+        and fewer >= max(1, 0.1 * several)
+        and any(boxes_in(one.written) for one in evidence.examples())
+    ):
         one, wanted, written = worst
         yield found(
             "D12",
             where=one.where,
             certainty=min(1.0, 0.5 + fewer / several),
             evidence=f"{fewer} of {several} rows with several boxes have fewer in the target; {one.where} has {wanted} boxes "
-            f"and its target {written}: {one.answer[:300]}",
+            f"and its target {written}: {one.written[:300]}",
             cause="the converter writes some of the boxes only",
         )
     else:

@@ -165,7 +165,7 @@ def _converter_names(evidence: Evidence, annotations: Sequence[Annotation]) -> l
             )
         )
     boxed = [one for one in examples if (boxes := annotations[one.index].boxes) is not None and len(boxes)]
-    if len(boxed) >= 3 and not any(boxes_in(one.answer) for one in boxed) and len({one.answer for one in boxed}) == 1:
+    if len(boxed) >= 3 and not any(boxes_in(one.written) for one in boxed) and len({one.written for one in boxed}) == 1:
         lines.append(
             (
                 boxed[0].where,

@@ -6,6 +6,7 @@ When: a part of stage data. No torch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def _odd_targets(evidence: Evidence) -> dict[str, list[str]] | None:
     rest: list[float] = []
     for one in examples:
         boxes = truth[one.index]
-        texts = boxes_in(one.answer)
+        texts = boxes_in(one.written)
         for box in texts:
             if min(box.numbers) < 0 or max(box.numbers) > top:
                 kinds["outside the grid of the target"].append(f"{one.where}: {list(box.numbers)}")
@@ -165,6 +166,9 @@ def _typos(counts: Counter[str], known: set[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+_EXAMPLE = re.compile(r"\{[^{}]*\}")
+
+
 def _other_classes(evidence: Evidence, names: list[str]) -> tuple[int, int, str] | None:
     try:
         examples = evidence.examples()
@@ -175,7 +179,9 @@ def _other_classes(evidence: Evidence, names: list[str]) -> tuple[int, int, str]
     text = ""
     words = sorted((name for name in names if len(name) >= 2 and not name.isdigit()), key=len, reverse=True)
     for one in examples:
-        asked, answered = _named(one.prompt + " " + (one.system or ""), words), _named(one.answer, words)
+        # the question decides; the system's list of all classes, and examples within braces, only where it names none
+        asked = _named(_EXAMPLE.sub(" ", one.questions), words) or _named(f"{one.questions} {one.system or ''}", words)
+        answered = _named(one.written, words)
         if not answered:
             continue
         labels = {label for label in annotations[one.index].labels if label}
@@ -185,7 +191,8 @@ def _other_classes(evidence: Evidence, names: list[str]) -> tuple[int, int, str]
             wrong += 1
             text = (
                 text
-                or f"{one.where}: asked {one.prompt[:120]!r}, annotated {sorted(labels)}, target {one.answer[:160]!r}"
+                or f"{one.where}: asked {one.questions[:120]!r}, annotated {sorted(labels)}, "
+                f"target {one.written[:160]!r}"
             )
     return (wrong, seen, text) if seen else None
 
@@ -214,7 +221,7 @@ def order_in_targets(evidence: Evidence) -> Outcome:
     order = space.order if space is not None else "xyxy"
     rows = []
     for one in evidence.examples():
-        numbers = np.array([box.numbers for box in boxes_in(one.answer)], float)
+        numbers = np.array([box.numbers for box in boxes_in(one.written)], float)
         if len(numbers) >= 2:
             rows.append((numbers[:, [1, 0, 3, 2]] if order == "yxyx" else numbers, one))
     if len(rows) < 8:

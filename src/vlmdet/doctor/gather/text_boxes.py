@@ -153,6 +153,7 @@ def read_space(
         units["given"] = [np.tile(np.array(given[i], float), 2) for i in rows]
     scores: dict[tuple[str, str], float] = {}
     counted = 0
+    turned = np.array([1, 0, 3, 2])
     for unit, scales in units.items():
         for order in ("xyxy", "yxyx", "xywh", "cxcywh"):
             values = []
@@ -161,6 +162,13 @@ def read_space(
             every = np.concatenate(values)
             counted = len(every)
             scores[order, unit] = float(every.mean())
+            if order == "yxyx" and unit in ("pixel", "resized", "given"):
+                # x taken for y before it was multiplied: y times the width stands first
+                crossed = [
+                    best_iou(truth[i], corners_of(numbers[i], order) / scale[turned])
+                    for scale, i in zip(scales, rows, strict=True)
+                ]
+                scores[order, unit] = max(scores[order, unit], float(np.concatenate(crossed).mean()))
     ranked = sorted(scores.items(), key=lambda item: -item[1])
     (order, unit), iou = ranked[0]
     (second, second_unit), second_iou = ranked[1]
