@@ -127,6 +127,8 @@ def test_releases_of_trl_that_freeze(version: str, quantised: bool, hit: bool) -
         (["q_proj", "v_proj", "proj"], {"M05", "M14"}),
         (r".*self_attn.*", {"M05"}),
         ([*ALL, "attn.qkv"], {"M14"}),
+        (r".*language_model\.layers\.(2[0-7])\..*q_proj", set()),
+        (["layers.27.self_attn.q_proj"], set()),
     ],
 )
 def test_target_patterns(targets: Any, identifiers: set[str]) -> None:
@@ -169,6 +171,8 @@ def test_a_freeze_policy_without_effect_is_seen(build: Any, hit: bool) -> None:
         ({"freeze": ["model.visual."]}, False),
         ({"freeze": ["vision_tower"]}, True),
         ({"freeze": "visual"}, False),
+        ({"freeze": ["model.language_model.layers.27."]}, False),
+        ({"unfreeze": ["model.layers.27"]}, True),
     ],
 )
 def test_patterns_of_a_policy(settings: dict[str, Any], hit: bool) -> None:

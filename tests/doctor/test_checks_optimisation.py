@@ -46,6 +46,9 @@ def say(check: str, **subject: Any) -> dict[str, dict[str, Any]]:
         ("schedule", {"warmup_ratio": 0.03, "num_training_steps": 1200, **PLAN}, "O06"),
         ("schedule", {"expected_steps": 75, **PLAN}, "O11"),
         ("schedule", {"effective_batch_size": 32, "num_gpus": 4, "device_map": "auto", **PLAN}, "O11"),
+        ("learning_rate", {"learning_rate": 0.0, "lora_rank": 8}, "M15"),
+        ("release_of_accumulation", {"gradient_accumulation_steps": 8, "transformers_version": "4.45.2"}, "O04"),
+        ("release_of_accumulation", {"gradient_accumulation_steps": 8, "transformers_version": "4.46.0"}, None),
         ("evaluation_loss", {"label_names": ["target"]}, "O07"),
     ],
 )

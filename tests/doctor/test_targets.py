@@ -7,6 +7,7 @@ import pytest
 from vlmdet.doctor.checks.targets import (
     area_of,
     dead_alternatives,
+    deeper,
     layer_of,
     matches,
     near,
@@ -86,3 +87,10 @@ def test_table_counts_trainable_and_all() -> None:
 def test_names_near_to_one_that_matches_nothing() -> None:
     assert near("visual.blocks.attn.qkv", NAMES)[0] == "model.visual.blocks.N.attn.qkv"
     assert near("xyz", NAMES) == []
+
+
+def test_blocks_that_a_small_model_has_not() -> None:
+    deep = deeper(NAMES)
+    assert deep["model.language_model.layers.27.self_attn.q_proj"] == "model.language_model.layers.0.self_attn.q_proj"
+    assert deep["model.language_model.layers.1.self_attn.q_proj"] == "model.language_model.layers.1.self_attn.q_proj"
+    assert deep["model.visual.merger.mlp.0"] == "model.visual.merger.mlp.0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vlmdet.doctor.calls import NotAvailable
@@ -28,6 +29,7 @@ from vlmdet.doctor.checks.targets import (
     Matched,
     area_of,
     dead_alternatives,
+    deeper,
     layer_of,
     matches,
     near,
@@ -69,6 +71,12 @@ def target_patterns(evidence: Evidence) -> Outcome:
         return
     names = [name for name in modules if "." in name or name == "lm_head"]
     every = matches(targets, names)
+    if not all(one.names for one in every):  # a pattern may name blocks that the small model has not
+        deep = deeper(names)
+        every = [
+            one if one.names else replace(again, names=tuple(dict.fromkeys(deep[name] for name in again.names)))
+            for one, again in zip(every, matches(targets, list(deep)), strict=True)
+        ]
     dead = [one for one in every if not one.names]
     told_dead = list(_nothing_matched(evidence, targets, every, dead, names, where))
     yield from told_dead
@@ -116,7 +124,7 @@ def _nothing_matched(
     evidence: Evidence, targets: Any, every: list[Matched], dead: list[Matched], names: list[str], where: str
 ) -> Outcome:
     """Tell of entries that match no module, and of alternatives of one expression that add none."""
-    alternatives = dead_alternatives(targets, names) if isinstance(targets, str) and not dead else []
+    alternatives = dead_alternatives(targets, list(deeper(names))) if isinstance(targets, str) and not dead else []
     if not dead and not alternatives:
         return
     shown = [one.entry for one in dead] or alternatives
@@ -245,15 +253,13 @@ def _areas_meant(evidence: Evidence, areas: set[str], where: str) -> Outcome:
 # ---- freeze policies --------------------------------------------------------------------------------------------------
 
 
-@check("M06", "M14", needs=("settings|build_trainer",))
+@check("M06", needs=("settings|build_trainer",))
 def freeze_policy(evidence: Evidence) -> Outcome:
     """Match each pattern of a freeze policy against the parameters, and compare what trains with what the settings say."""
     patterns = _policy(evidence)
     wished = list(wishes(evidence))
     if not patterns and not wished and trainer_of(evidence) is None:
-        yield skipped("M06", "patterns of a freeze policy in the settings, or a trainer")
-        yield skipped("M14", "target_modules, or a trainer")
-        return
+        raise NotAvailable("patterns of a freeze policy in the settings, or a trainer")
     model = model_of(evidence)
     live = model is not None
     if model is None and (patterns or wished):
@@ -264,11 +270,16 @@ def freeze_policy(evidence: Evidence) -> Outcome:
         else {}
     )
     names = list(named)
+    deep = deeper(names)
     lines, dead = [], []
     for option, pattern, freezes in patterns:
-        prefix = "prefix" in option or pattern.endswith(".")
-        strict = [name for name in names if name.startswith(pattern)]
-        loose = [name for name in names if pattern in name or _searches(pattern, name) or _globs(pattern, name)]
+        prefix = "prefix" in option or pattern.endswith(".") or pattern.startswith("model.")
+        strict = [name for name in names if name.startswith(pattern)] or [
+            deep[name] for name in deep if name.startswith(pattern)
+        ][:1]
+        loose = [name for name in names if _fits(pattern, name)] or [
+            deep[name] for name in deep if _fits(pattern, name)
+        ][:1]
         lines.append(
             f"{option} {pattern!r}: {len(strict or loose)} of {len(names)} parameters"
             + (f" begin with it, {len(loose)} hold it" if prefix and not strict else "")
@@ -299,15 +310,6 @@ def freeze_policy(evidence: Evidence) -> Outcome:
         return
     if live and trainer_of(evidence) is not None:
         trained = _trained(evidence)
-        if not carries_adapter(model) and all(trained.get(area, (0, 0))[0] for area in ("vision", "language")):
-            some, total = trained.get("merger", (0, 0))
-            if total and not some:
-                yield found(
-                    "M14",
-                    where="build_trainer",
-                    evidence=f"after the trainer is built: {told(trained)}",
-                    cause="vision and language train, and the projector between them is frozen",
-                )
         for area, train, option in wished:
             some, total = trained.get(area, (0, 0))
             if (
@@ -360,6 +362,25 @@ def freeze_policy(evidence: Evidence) -> Outcome:
         yield skipped("M06", "patterns of a freeze policy in the settings")
 
 
+@check("M14", needs=("build_trainer",))
+def frozen_projector(evidence: Evidence) -> Outcome:
+    """See whether the projector trains where whole weights of vision and language do."""
+    model = evidence.trainer().model
+    trained = _trained(evidence)
+    if carries_adapter(model) or not all(trained.get(area, (0, 0))[0] for area in ("vision", "language")):
+        raise NotAvailable("whole weights of vision and language that train")
+    some, total = trained.get("merger", (0, 0))
+    if total and not some:
+        yield found(
+            "M14",
+            where="build_trainer",
+            evidence=f"after the trainer is built: {told(trained)}",
+            cause="vision and language train, and the projector between them is frozen",
+        )
+    else:
+        yield looked("M14", told(trained))
+
+
 def _policy(evidence: Evidence) -> list[tuple[str, str, bool]]:
     """Return (option, pattern, whether it freezes) of every pattern in the settings."""
     patterns: list[tuple[str, str, bool]] = []
@@ -378,6 +399,11 @@ def _policy(evidence: Evidence) -> list[tuple[str, str, bool]]:
             patterns += [(shown, str(one), freezes) for one in value]
     areas = {*AREAS, "llm", "vit", "all", "none", "full", "base"}
     return [one for one in patterns if one[1].lower() not in areas and "lora" not in one[1].lower()]
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Tell whether a name fits a pattern in any way in which policies read them: as a part, an expression, or with wildcards."""
+    return pattern in name or _searches(pattern, name) or _globs(pattern, name)
 
 
 def _globs(pattern: str, name: str) -> bool:

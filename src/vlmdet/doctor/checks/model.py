@@ -241,6 +241,7 @@ CHECKS: tuple[Check, ...] = (
     after_building,
     adapters.target_patterns,
     adapters.freeze_policy,
+    adapters.frozen_projector,
     *precision.CHECKS,
     *new_tokens.CHECKS,
     *steps.CHECKS,

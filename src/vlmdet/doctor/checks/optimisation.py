@@ -7,6 +7,7 @@ it. Logs of finished runs are read in `run_logs`, chains of stages in `stages`.
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError, place_of
@@ -23,7 +24,7 @@ BF16 = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "paligemma", "idefics3
 """Families whose checkpoints were trained in bfloat16."""
 
 
-@check("O01", "O02", needs=("settings|build_trainer",))
+@check("O01", "O02", "M15", needs=("settings|build_trainer",))
 def learning_rate(evidence: Evidence) -> Outcome:
     """Judge the learning rate by the method and the number of steps."""
     rate = number(evidence, "learning_rate")
@@ -44,6 +45,10 @@ def learning_rate(evidence: Evidence) -> Outcome:
         verdict = judge_rate(vision, steps, adapter=adapter, optimizer=optimizer)
         shown += f", vision {vision:g}"
     rows, epochs = rows_of_training(evidence), number(evidence, "num_train_epochs", 0) or 0
+    if rate <= 0 and built is None:
+        yield found("M15", where="settings", evidence=shown, cause="the learning rate is 0")
+        return
+    yield skipped("M15", "build_trainer")
     if verdict is not None:
         yield found(
             verdict.id,
@@ -153,6 +158,26 @@ def _supervised(evidence: Evidence, built: Any) -> bool:
     from vlmdet.doctor.live import probes
 
     return bool(probes.supervised_tokens(probes.first_batch(evidence, built)))
+
+
+@check("O04", needs=("settings",))
+def release_of_accumulation(evidence: Evidence) -> Outcome:
+    """Read whether the release of transformers weighs accumulated micro batches by their tokens."""
+    options = evidence.options
+    steps = options.number("gradient_accumulation_steps")
+    version = evidence.versions().get("transformers", "")
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if not steps or match is None or evidence.subject.build_trainer is not None:
+        raise NotAvailable("build_trainer, or gradient_accumulation_steps in the settings")
+    if steps > 1 and (int(match.group(1)), int(match.group(2))) < (4, 46):
+        yield found(
+            "O04",
+            where=f"transformers {version}",
+            evidence=f"transformers {version}, gradient_accumulation_steps={steps:.0f}",
+            cause="before 4.46 each micro batch is averaged by itself, so that short answers weigh more than long ones",
+        )
+    else:
+        yield skipped("O04", "build_trainer")
 
 
 @check("O04", needs=("build_trainer",))
@@ -286,6 +311,7 @@ def _alike(one: str, other: str) -> float:
 CHECKS: tuple[Check, ...] = (
     learning_rate,
     half_precision,
+    release_of_accumulation,
     loss_and_accumulation,
     *PLAN_CHECKS,
     evaluation_loss,

@@ -35,6 +35,8 @@ def three_steps(evidence: Evidence) -> Outcome:
     if steps.error is not None:
         if any(word in steps.error.text for word in NO_GRADIENT):
             yield from _no_graph(steps.error, where, checkpointing, keywords, len(built.trainable))
+            for identifier in ("M13", "M15"):
+                yield skipped(identifier, "a step that does not raise")
             return
         if not steps.losses:
             raise steps.error
@@ -50,7 +52,10 @@ def three_steps(evidence: Evidence) -> Outcome:
     shown += f"; losses {', '.join(f'{one:.4f}' for one in steps.losses)}"
     told = list(_without_gradient(evidence, areas, shown, where, checkpointing, keywords))
     yield from told
-    if not told:
+    if told:
+        for identifier in {"M08", "M13"} - {one.id for one in told}:
+            yield skipped(identifier, "gradients in every area that trains")
+    else:
         if _reentrant(keywords) and checkpointing:
             yield found(
                 "M08",

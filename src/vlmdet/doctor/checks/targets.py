@@ -101,6 +101,21 @@ def _full(pattern: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if compiled.fullmatch(name)]
 
 
+def deeper(names: Iterable[str], depth: int = 96) -> dict[str, str]:
+    """Return names as a deeper model would have them, each with the name of this (small) model that it stands for.
+
+    `layers.0.q_proj` stands for `layers.1.q_proj` to `layers.95.q_proj` too: patterns may name blocks that a small model has not.
+    """
+    names = list(names)
+    found = {name: name for name in names}
+    for name in names:
+        match = re.search(r"(?<=\.)0(?=\.)", name)
+        if match:
+            for i in range(1, depth):
+                found.setdefault(f"{name[: match.start()]}{i}{name[match.end() :]}", name)
+    return found
+
+
 def dead_alternatives(pattern: str, names: Sequence[str]) -> list[str]:
     """Return alternatives of one expression that add nothing: of the whole, and those of a group that name an area.
 
