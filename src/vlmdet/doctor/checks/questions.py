@@ -376,8 +376,13 @@ def _space_clash(evidence: Evidence, asked: str) -> tuple[str, str] | None:
         space = evidence.space()
     except (NotAvailable, UserCodeError):
         return None
-    if space is None or space.iou < 0.8 or space.iou - space.runner_up_iou < 0.1:
+    if space is None or space.iou < 0.8:
         return None
+    other = space.runner_up.replace("resized", "pixel").replace("bins", "per_mille")
+    if space.iou - space.runner_up_iou < 0.1 and other != str(space).replace("resized", "pixel").replace(
+        "bins", "per_mille"
+    ):
+        return None  # two readings do as well, and they differ
     orders = [name for name, pattern in _ORDERS if pattern.search(asked)]
     if len(orders) == 1 and orders[0] != space.order:
         return f"boxes as {orders[0]}", f"written as {space.order}"

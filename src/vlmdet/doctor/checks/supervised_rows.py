@@ -108,13 +108,17 @@ def rows_of_batches(evidence: Evidence) -> list[Seen]:
     awkward, examples = evidence.awkward(), evidence.examples()
     raws: dict[str, Any] = {one.where: one.raw for one in examples}
     raws |= {where: raw for name, (raw, where, _) in awkward.items() if name in MADE}
+    ends = [word for word, one in evidence.control().items() if one in known.ends]
     seen = []
     for batch in batches.values():
         if batch.labels is None:
             continue
         decoder = any(len(a) != len(b) for a, b in zip(batch.ids, batch.labels, strict=True))
         for one in supervised_of(batch, tokenizer):
-            answers = tuple(text for text in answers_to_learn(raws.get(one.where), one.answers) if text.strip())
+            texts = [_without_end(text, ends) for text in answers_to_learn(raws.get(one.where), one.answers)]
+            answers = tuple(text for text in texts if text)
+            if any(word in text for text in answers for word in ends):
+                continue  # an end token within an answer is C09's
             if answers:
                 ids = () if decoder else one.ids
                 seen.append(
@@ -129,6 +133,14 @@ def rows_of_batches(evidence: Evidence) -> list[Seen]:
     if not seen:
         raise NotAvailable("batches with labels, of rows with answers")
     return seen
+
+
+def _without_end(text: str, ends: Sequence[str]) -> str:
+    """Cut off an end token that the converter writes itself."""
+    text = text.strip()
+    for word in ends:
+        text = text.removesuffix(word).rstrip()
+    return text
 
 
 def _padded_pair(evidence: Evidence, batches: Mapping[str, Batch]) -> Batch | None:

@@ -117,7 +117,7 @@ def _explain(
         yield from _only_padded([one for one in padded if one.wrong and not one.cut], place)
         return
     question = made.get("answer in the question")
-    if question is not None and question.wrong and not question.cut:
+    if question is not None and question.wrong and _twice(question):
         yield found(
             "L05",
             where=place,
@@ -126,6 +126,14 @@ def _explain(
         )
         return
     yield from _turns(rest, made.get("two turns"), place)
+
+
+def _twice(question: Seen) -> bool:
+    """Does the answer stand in the question and behind it? A row that is cut at max_length has lost the second."""
+    if not question.row.ids:
+        return not question.cut
+    text, _ = mask.texts_of(question.row.ids, question.tokens)
+    return text.count(question.row.answers[-1].strip()) > 1
 
 
 def _cut_rows(evidence: Evidence, alone: list[Seen]) -> list[Seen]:
@@ -355,9 +363,7 @@ def _ends(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding]
         return
     tokenizer = evidence.tokenizer
     names = sorted({name for one in ends for name in _end_names(one)})
-    lines = (
-        f"{_many(ends, rows)}: the end token ({', '.join(names)}) behind the answer carries no loss\n{ends[0].told()}"
-    )
+    lines = f"{_many(ends, rows)}: the end token{' ' + ', '.join(names) if names else ''} behind the answer carries no loss\n{ends[0].told()}"
     pad = getattr(tokenizer, "pad_token_id", None)
     same = pad is not None and all(pad in _end_ids(one) for one in ends)
     if same:
@@ -379,6 +385,7 @@ def _ends(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding]
     ordinary = ends[0].tokens.ordinary
     if (
         not same
+        and names
         and ordinary is not None
         and all(one >= ordinary for row in ends for one in _end_ids(row))
         and not any(
