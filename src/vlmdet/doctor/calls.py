@@ -31,10 +31,11 @@ class UserCodeError(Exception):
         error: what it raised.
         where: `file.py:12, in collate`, the innermost line of the user's own file.
         line: text of that line.
+        made: it was called on rows that the doctor made, which may be of no form that the code ever meets.
     """
 
     def __init__(self, what: str, error: BaseException, *, subject: str = "") -> None:
-        self.what, self.error, self.subject = what, error, subject
+        self.what, self.error, self.subject, self.made = what, error, subject, False
         self.where, self.line = own_line(error)
         super().__init__(self.text)
 

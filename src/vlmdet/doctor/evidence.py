@@ -470,11 +470,19 @@ class Evidence:
         """Make a batch by the user's collator.
 
         Raises:
-            UserCodeError: it raised.
+            UserCodeError: it raised; `made` is set where a row of the batch is none of the user's own.
         """
-        batch = call(
-            "collate", self.collator(), [conversations.copied(raw) for raw in raws], about=f"{name}: {', '.join(where)}"
-        )
+        try:
+            batch = call(
+                "collate",
+                self.collator(),
+                [conversations.copied(raw) for raw in raws],
+                about=f"{name}: {', '.join(where)}",
+            )
+        except UserCodeError as error:
+            own = {id(one.raw) for one in self.examples()}
+            error.made = any(id(raw) not in own for raw in raws)
+            raise
         if hasattr(batch, "data") and not hasattr(batch, "keys"):
             batch = batch.data
         return read_batch(batch, name, where, answers, [len(conversations.pictures_of(raw)) for raw in raws])

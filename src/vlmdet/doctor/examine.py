@@ -117,6 +117,11 @@ def run_check(check: Check, evidence: Evidence) -> Iterator[_Result]:
             yield "not_run", asdict(NotRun(one_id, ENTRIES[one_id].title, str(error)))
         return
     except UserCodeError as error:
+        if error.made:
+            text = f"{error.what} that takes a row of the doctor's make ({error.text})"
+            for one_id in set(check.ids) - settled:
+                yield "not_run", asdict(NotRun(one_id, ENTRIES[one_id].title, text))
+            return
         yield "finding", asdict(foreign_finding(error))
         for one_id in set(check.ids) - settled:
             yield "not_run", asdict(NotRun(one_id, ENTRIES[one_id].title, f"{error.what} that does not raise"))

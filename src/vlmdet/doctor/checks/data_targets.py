@@ -16,7 +16,7 @@ import numpy as np
 from vlmdet.doctor.calls import NotAvailable, UserCodeError
 from vlmdet.doctor.checks import Check, Outcome, check, found, looked
 from vlmdet.doctor.evidence import Evidence
-from vlmdet.doctor.gather.text_boxes import boxes_in, paired_iou
+from vlmdet.doctor.gather.text_boxes import boxes_in, labels_in, paired_iou
 
 
 @check("D05", needs=("rows|splits",))
@@ -166,7 +166,11 @@ def _typos(counts: Counter[str], known: set[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-_EXAMPLE = re.compile(r"\{[^{}]*\}")
+MOST_CLASSES = 200
+"""Names that targets write, at most, to take them for classes and not for descriptions."""
+_EXAMPLE = re.compile(r"\{[^{}]*\}|\b(?:such as|e\.g\.|for example|for instance|including)[^?!\n]*", re.IGNORECASE)
+_ANYTHING = ("object", "objects", "thing", "item", "label", "box", "image", "picture", "photo", "class")
+"""Words that questions hold whatever they ask for."""
 
 
 def _other_classes(evidence: Evidence, names: list[str]) -> tuple[int, int, str] | None:
@@ -177,22 +181,26 @@ def _other_classes(evidence: Evidence, names: list[str]) -> tuple[int, int, str]
     annotations = evidence.annotations()
     wrong = seen = 0
     text = ""
-    words = sorted((name for name in names if len(name) >= 2 and not name.isdigit()), key=len, reverse=True)
+    named = {name for name in names if len(name) >= 2 and not name.isdigit()}
+    written = set().union(*(labels_in(one.written) for one in examples))
+    # rows may hold numbers for classes: the targets say their names
+    known = named | (written if len(written) <= MOST_CLASSES else set())
+    words = sorted((name for name in known if len(name) >= 2 and name.lower() not in _ANYTHING), key=len, reverse=True)
     for one in examples:
         # the question decides; the system's list of all classes, and examples within braces, only where it names none
         asked = _named(_EXAMPLE.sub(" ", one.questions), words) or _named(f"{one.questions} {one.system or ''}", words)
         answered = _named(one.written, words)
         if not answered:
             continue
-        labels = {label for label in annotations[one.index].labels if label}
+        labels = {label for label in annotations[one.index].labels if label in named}
         seen += 1
         beyond = (answered - asked if asked else set()) or (answered - labels if labels else set())
         if beyond:
             wrong += 1
+            annotated = sorted({label for label in annotations[one.index].labels if label})
             text = (
                 text
-                or f"{one.where}: asked {one.questions[:120]!r}, annotated {sorted(labels)}, "
-                f"target {one.written[:160]!r}"
+                or f"{one.where}: asked {one.questions[:120]!r}, annotated {annotated}, target {one.written[:160]!r}"
             )
     return (wrong, seen, text) if seen else None
 

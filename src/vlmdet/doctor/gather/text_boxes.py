@@ -61,6 +61,21 @@ def boxes_in(text: str) -> list[TextBox]:
     return found
 
 
+_WRITTEN_LABELS = (
+    re.compile(r"<\|object_ref_start\|>([^<>|]{1,80})<\|object_ref_end\|>"),
+    re.compile(r"<ref>([^<>]{1,80})</ref>"),
+    re.compile(
+        r"[\"'](?:label|category|class|name|class_name|category_name)[\"']\s*:\s*[\"']([^\"'{}\[\]]{1,80})[\"']"
+    ),
+    re.compile(r"(?:<loc\d{4}>){4}\s{0,4}([^<>;\n]{1,80})"),
+)
+
+
+def labels_in(text: str) -> set[str]:
+    """Return the class names that an answer writes beside its boxes, in the syntaxes that mark them."""
+    return {name.strip() for pattern in _WRITTEN_LABELS for name in pattern.findall(text) if name.strip()}
+
+
 def syntax_of(text: str) -> str | None:
     """Return the name of the syntax of an answer, see `SYNTAX`; None where it holds no box."""
     return next((name for name, pattern in SYNTAX.items() if pattern.search(text)), None)

@@ -15,6 +15,7 @@ import torch
 
 from vlmdet.doctor.calls import NotAvailable, call
 from vlmdet.doctor.evidence import Evidence
+from vlmdet.doctor.gather.conversations import copied
 from vlmdet.doctor.live.trainer import Built, _heard, small_pictures
 
 IGNORED = -100
@@ -94,7 +95,7 @@ def losses_cut_in_two_ways(evidence: Evidence, built: Built, rows: int = 4) -> L
         examples = [call("trainer", data.__getitem__, int(i * len(data) / (2 * rows))) for i in range(2 * rows)]
         if hasattr(trainer, "_remove_unused_columns") and getattr(trainer.args, "remove_unused_columns", False):
             collate = trainer._get_collator_with_removed_columns(collate)
-        ones = [dict(trainer._prepare_inputs(call("collate", collate, [one]))) for one in examples]
+        ones = [dict(trainer._prepare_inputs(call("collate", collate, [copied(one)]))) for one in examples]
         counts = [supervised_tokens(one) for one in ones]
         if not all(counts):
             raise NotAvailable("labels with supervised tokens in each row")
@@ -102,7 +103,7 @@ def losses_cut_in_two_ways(evidence: Evidence, built: Built, rows: int = 4) -> L
         chosen = [*order[: rows // 2], *order[-(rows - rows // 2) :]]
         if len({counts[i] for i in chosen}) < 2:
             raise NotAvailable("rows whose answers differ in length")
-        whole = dict(trainer._prepare_inputs(call("collate", collate, [examples[i] for i in chosen])))
+        whole = dict(trainer._prepare_inputs(call("collate", collate, [copied(examples[i]) for i in chosen])))
         parts = [ones[i] for i in chosen]
         single = tuple((_loss(trainer, model, one, None), counts[i] or 0) for i, one in zip(chosen, parts, strict=True))
         together = _step(trainer, model, [whole])
