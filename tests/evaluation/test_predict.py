@@ -153,8 +153,14 @@ def test_rows_of_another_contract_or_of_other_data_are_not_gone_on_with(tmp_path
 
     with pytest.raises(ModelError):
         predict(stops, samples, contract=contract, path=path)
+    figures = tmp_path / "results.json"
+    figures.touch()
     predict(counts, samples, contract=contract, path=path)
     assert asked == [0, 1, 2]  # the engine takes them from last to first
+    assert figures.exists()
+    with pytest.raises(ModelError):  # under another contract the figures are of rows that are gone
+        predict(stops, samples, contract=dataclasses.replace(contract, user_prompt="What?"), path=path)
+    assert not figures.exists()
     other = dataclasses.replace(contract, user_prompt="Where?")
     asked.clear()
     predict(counts, samples, contract=other, path=path)

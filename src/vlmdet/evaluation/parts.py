@@ -25,6 +25,8 @@ from vlmdet.files import write_whole
 from vlmdet.records import Sample
 
 MADE = "predictions.made.json"
+RESULTS = "results.json"
+"""The figures of the rows: gone while there are no whole rows, or a report would show those of rows that are no more."""
 
 Row = dict[str, Any]
 
@@ -111,7 +113,8 @@ class Part:
             with self.path.open("r+b") as file:
                 file.truncate(len(before))
         else:
-            (path.parent / MADE).unlink(missing_ok=True)  # from here on the whole file is another one's
+            for old in (MADE, RESULTS):  # from here on the whole file, and the figures, are of other rows
+                (path.parent / old).unlink(missing_ok=True)
             write_whole(self.path, first)
         self._file = self.path.open("ab")
 
