@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Trainer
 
+from tests.doctor.test_checks_model import NAMED as CHECKS_OF_MODEL
 from tests.doctor.test_checks_model import save_adapter
 from tests.doctor.user_training import NAME, PROCESSOR, adapted, base, rows, trainer
 from vlmdet.doctor.checks.optimisation import CHECKS
@@ -127,6 +128,25 @@ def test_a_schedule_made_for_other_steps() -> None:
 
     assert "never reaches half" in say("schedule", build_trainer=build(500))["O06"]["evidence"]
     assert not say("schedule", build_trainer=build(2))
+
+
+def test_steps_that_the_trainer_refuses() -> None:
+    def build() -> Trainer:
+        steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 50, "save_steps": 75}
+        return trainer(adapted(), load_best_model_at_end=True, **steps, more={"eval_dataset": rows()[:2]})
+
+    results = list(
+        run_check(CHECKS_OF_MODEL["after_building"], Evidence(Subject(processor=PROCESSOR, build_trainer=build)))
+    )
+    assert [fields["id"] for kind, fields in results if kind == "finding"] == ["O05"]
+
+
+def test_few_rows_in_a_trainer_are_no_short_run() -> None:
+    def build() -> Trainer:
+        steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 50, "save_steps": 50}
+        return trainer(adapted(), load_best_model_at_end=True, **steps, more={"eval_dataset": rows()[:2]})
+
+    assert say("best_checkpoint", build_trainer=build)["O05"]["severity"] == 2
 
 
 def test_stages_that_do_not_follow(tmp_path: Path) -> None:

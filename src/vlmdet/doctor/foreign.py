@@ -55,7 +55,10 @@ _BUILDING: tuple[tuple[tuple[str, ...], str], ...] = (
     (("is not supported",), "M05"),
     (("empty parameter list", "no trainable", "does not require grad", "not require grad"), "M01"),
     (("require grad", "requires_grad"), "M08"),
-    (("save_steps", "save steps", "evaluation strategy", "eval_steps"), "O05"),
+    (
+        ("save_steps", "save steps", "saving steps", "load_best_model_at_end", "evaluation strategy", "eval_steps"),
+        "O05",
+    ),
     (("assistant_only_loss",), "L12"),
     (("columns",), "O07"),
 )
