@@ -363,7 +363,8 @@ def _ends(evidence: Evidence, rows: list[Seen], place: str) -> Iterator[Finding]
         return
     tokenizer = evidence.tokenizer
     names = sorted({name for one in ends for name in _end_names(one)})
-    lines = f"{_many(ends, rows)}: the end token{' ' + ', '.join(names) if names else ''} behind the answer carries no loss\n{ends[0].told()}"
+    named = f"the end token {', '.join(names)}".rstrip()
+    lines = f"{_many(ends, rows)}: {named} behind the answer carries no loss\n{ends[0].told()}"
     pad = getattr(tokenizer, "pad_token_id", None)
     same = pad is not None and all(pad in _end_ids(one) for one in ends)
     if same:
