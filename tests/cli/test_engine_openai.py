@@ -138,6 +138,9 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(
         (["--served-name", "other"], "has no model 'other'; there is: m"),
         (["--scores", "token_probability"], "--scores none"),
         (["--constrain"], "leave --constrain out"),
+        (["--concurrency", "0"], "--concurrency 0; give at least 1"),
+        (["--timeout", "nan"], "--timeout nan"),
+        (["--retries", "-1"], "--retries -1"),
         (["--baseline", "plain"], "did you mean 'plain_json'"),
     ):
         assert main([*words, *changed]) == 2

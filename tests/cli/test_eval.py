@@ -152,6 +152,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
         ([], "eval needs a RUN"),
         (["runs/mine", "--from", str(lonely)], "not both"),
         (["runs/mine", "--engine", "openai"], "--served-name"),
+        (["runs/mine", "--limit", "-1"], "--limit -1"),
         (["runs/mine", "--allow", "template"], "did you mean 'template_sha256'?"),
         (["--from", str(lonely), "--allow", "labels"], "--allow is for a RUN"),
         (["runs/mine", "--max-errors", "1.5"], "evaluation.max_errors"),

@@ -52,6 +52,12 @@ def make_server(args: argparse.Namespace, processor: Any, contract: Any, evaluat
         raise ConfigError(
             "--engine openai needs --url and --served-name", "e.g. --url http://127.0.0.1:8000 --served-name m"
         )
+    for flag, value, least in (("concurrency", args.concurrency, 1), ("retries", args.retries, 0)):
+        if value < least:
+            raise ConfigError(f"--{flag} {value}", f"give at least {least}")
+    if not 0 < args.timeout < float("inf"):
+        raise ConfigError(f"--timeout {args.timeout:g}", "give a number of seconds above 0")
+
     from vlmdet.evaluation.rendering import Rendering
     from vlmdet.evaluation.scores import TOKEN_SOURCES
     from vlmdet.evaluation.server import openai_engine

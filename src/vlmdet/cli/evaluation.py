@@ -53,6 +53,8 @@ def add_eval(verbs: Any) -> None:
 def _eval(args: argparse.Namespace) -> None:
     if (args.run_name is None) == (args.stored is None):
         raise ConfigError("eval needs a RUN, or --from FILE, and not both", "e.g. vlmdet eval runs/demo --base")
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit {args.limit}", "give the number of pictures to score, at least 1")
     allow = allowed_fields(args)
     if args.stored is not None:
         if allow:
