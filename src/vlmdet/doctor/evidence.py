@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ from vlmdet.images import orientation
 
 LIMIT = 1000
 """Rows that are looked at, at most, evenly chosen from all splits."""
+
+HANGS = 5.0
+"""Seconds that one row may take a converter before a time-out is laid to its charge."""
 
 BATCHED = 24
 """Rows that go through the user's collator one by one."""
@@ -293,8 +297,15 @@ class Evidence:
         silent = 0
         for i, one in enumerate(annotations):
             row = self.raw_row(one)
+            began = time.monotonic()
             try:
                 raw = row if convert is None else self._convert(row, one)
+            except TimeoutError as error:
+                spent = time.monotonic() - began
+                if spent < HANGS:
+                    raise
+                late = TimeoutError(f"it did not return within {spent:.0f} s").with_traceback(error.__traceback__)
+                raise UserCodeError("convert", late, subject=one.where) from error
             except UserCodeError as error:
                 errors.append(error)
                 if len(errors) > 50 and not examples:

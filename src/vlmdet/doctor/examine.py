@@ -205,12 +205,14 @@ def _forked(subject: Subject | Callable[[], Subject], checks: Sequence[Check], t
     until = time.monotonic() + timeout
     results: list[_Result] = []
     remaining = list(checks)
+    begun_once = False
     for _ in range(RESTARTS + 1):
         if not remaining:
             break
         got, status = _one_fork(subject, remaining, until)
         results += got
         done = {fields["check"] for kind, fields in got if kind == "end"}
+        begun_once |= any(kind == "begin" for kind, _ in got)
         begun = [fields["check"] for kind, fields in got if kind == "begin"]
         stuck = [name for name in begun if name not in done]
         told = {fields["id"] for kind, fields in got if kind in ("finding", "checked", "not_run")}
@@ -224,7 +226,14 @@ def _forked(subject: Subject | Callable[[], Subject], checks: Sequence[Check], t
             error = next((fields for kind, fields in got if kind == "error"), None)
             if error is not None and error["hint"] is not None:
                 raise ConfigError(error["message"], error["hint"])
-            raise RuntimeError(error["message"] if error else f"the examination's process did not begin: {status}")
+            if error is not None:
+                raise RuntimeError(error["message"])
+            if not begun_once:
+                raise ConfigError(
+                    f"the examination did not begin: {status}",
+                    "importing your code or reading the rows ends its process or takes too long; raise --timeout",
+                )
+            break  # no time was left to begin anew
         remaining = [check for check in remaining if check.name not in done and check.name not in stuck]
         if time.monotonic() > until:
             break

@@ -54,6 +54,8 @@ def load_object(text: str, flag: str) -> Any:
     if not hasattr(module, name):
         names = [one for one in vars(module) if not one.startswith("_")]
         raise ConfigError(f"{flag} {text}: no '{name}' in it", did_you_mean(name, names))
+    if not callable(getattr(module, name)):
+        raise ConfigError(f"{flag} {text}: '{name}' is no function", "name a function or a class")
     return getattr(module, name)
 
 

@@ -187,8 +187,8 @@ def _other_classes(evidence: Evidence, names: list[str]) -> tuple[int, int, str]
     known = named | (written if len(written) <= MOST_CLASSES else set())
     words = sorted((name for name in known if len(name) >= 2 and name.lower() not in _ANYTHING), key=len, reverse=True)
     for one in examples:
-        # the question decides; the system's list of all classes, and examples within braces, only where it names none
-        asked = _named(_EXAMPLE.sub(" ", one.questions), words) or _named(f"{one.questions} {one.system or ''}", words)
+        # the question decides, and the system's list of all classes only where it names none; examples ask for nothing
+        asked = _named(_EXAMPLE.sub(" ", one.questions), words) or _named(_EXAMPLE.sub(" ", one.system or ""), words)
         answered = _named(one.written, words)
         if not answered:
             continue
