@@ -364,3 +364,76 @@ def test_a_converter_that_resizes_and_writes_pixels_of_what_it_gives() -> None:
     settings = {"model_name": "Qwen/Qwen2.5-VL-3B-Instruct", "max_pixels": 1_003_520}
     assert ids(healthy(convert=convert, settings=settings)) == []
     assert ids(healthy(convert=convert))[0] == "D03"
+
+
+def test_fractions_taken_for_the_other_axis_before_they_are_multiplied() -> None:
+    def crossed(boxes: list[tuple[float, ...]], row: Row) -> Any:
+        """Take y for x of a y-first fraction: y times the width stands first."""
+        width, height = row["image"].size
+        turned = [(b[1] / height, b[0] / width, b[3] / height, b[2] / width) for b in boxes]
+        return [(a * width, b * height, c * width, d * height) for a, b, c, d in turned], (1.0, 1.0)
+
+    settings = {"model_name": "Qwen/Qwen2.5-VL-3B-Instruct", "max_pixels": 112_896, "min_pixels": 3136}
+    assert ids(healthy(convert=make_convert(crossed), settings=settings))[0] == "D01"
+
+
+@pytest.mark.parametrize(("y_first", "named"), [(True, False), (False, True)])
+def test_location_tokens_of_a_family_that_writes_y_first(y_first: bool, named: bool) -> None:
+    def convert(row: Row) -> Any:
+        width, height = row["image"].size
+        places = [(b[0] / width, b[1] / height, b[2] / width, b[3] / height) for b in row["objects"]["bbox"]]
+        numbers = [[min(1023, round(v * 1024)) for v in one] for one in places]
+        written = [(b, a, d, c) if y_first else (a, b, c, d) for a, b, c, d in numbers]
+        text = " ; ".join("".join(f"<loc{v:04d}>" for v in one) + " logo" for one in written)
+        return talk("detect logo", text or "none", row["image"])
+
+    report = healthy(convert=convert, settings={"model_name": "google/paligemma-3b-pt-224"})
+    assert ("D01" in ids(report)) is named
+
+
+def test_noise_is_told_as_noise_and_not_as_another_unit() -> None:
+    rows = draw_rows(30)
+    for i, row in enumerate(rows):
+        boxes = row["objects"]["bbox"]
+        if boxes and i % 3 == 0:
+            boxes[0] = [-9, *boxes[0][1:]]
+        elif boxes and i % 3 == 1:
+            boxes[0] = [boxes[0][0], boxes[0][1], boxes[0][0], boxes[0][3]]
+    assert ids(report_of(rows, box_format="xyxy/pixel"))[:1] == ["D05"]
+
+
+def test_boxes_in_an_earlier_turn_are_not_left_out() -> None:
+    plain = make_convert()
+
+    def convert(row: Row) -> Any:
+        example = plain(row)
+        more = talk("And how many?", str(len(row["objects"]["bbox"])), None)["messages"][1:]
+        asked = {"role": "user", "content": [{"type": "text", "text": "And how many?"}]}
+        return {**example, "messages": [*example["messages"], asked, *more]}
+
+    report = healthy(convert=convert)
+    assert report.worst == 0
+    assert {one.id for one in report.checked} >= {"D01", "D12", "D13"}
+
+
+@pytest.mark.parametrize(
+    ("question", "named"),
+    [
+        ("Detect every cup in this image.", True),
+        ("Detect every cup and plate in this image.", False),
+        ("Detect all objects, such as a cup.", False),
+        ('Detect all objects. Answer like [{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]', False),
+    ],
+)
+def test_classes_stored_as_numbers_are_known_by_the_names_that_targets_write(question: str, named: bool) -> None:
+    rows = draw_rows()
+    for row in rows:
+        row["objects"]["category"] = [i % 2 for i in range(len(row["objects"]["bbox"]))]
+
+    def convert(row: Row) -> Any:
+        width, height = row["image"].size
+        found = zip(row["objects"]["bbox"], row["objects"]["category"], strict=True)
+        texts = [answer_of([box], (1000 / width, 1000 / height), ("cup", "plate")[kind]) for box, kind in found]
+        return talk(question, "".join(texts) or "none", row["image"])
+
+    assert ("D11" in ids(healthy(rows=rows, convert=convert))) is named

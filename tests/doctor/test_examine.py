@@ -6,14 +6,16 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.doctor.drawn import SETTINGS, draw_rows, make_convert
 from vlmdet.doctor import Finding, Subject, examine
+from vlmdet.doctor.calls import UserCodeError
 from vlmdet.doctor.catalogue import ENTRIES, STAGE_OF
-from vlmdet.doctor.checks import STAGES, check, looked
+from vlmdet.doctor.checks import STAGES, Check, check, looked
 from vlmdet.doctor.evidence import Evidence
 from vlmdet.doctor.examine import run_check
 from vlmdet.doctor.findings import CONSEQUENCES, rank
@@ -46,6 +48,37 @@ def test_causes_come_first_and_a_consequence_names_its_cause() -> None:
         ("E07", "L01"),
     ]
     assert further == ()
+
+
+def test_hints_of_little_weight_are_told_after_consequences() -> None:
+    shown, _ = rank([finding("L06", 1, 0.4), finding("C08", 2), finding("D15", 3)])
+    assert [(one.id, one.consequence_of) for one in shown] == [("D15", None), ("C08", "D15"), ("L06", None)]
+
+
+def test_a_collator_that_raises_on_made_rows_alone_is_no_finding() -> None:
+    evidence = Evidence(Subject(rows=[PLAIN] * 2, collate=_refuses_made_rows))
+    with pytest.raises(UserCodeError) as own:
+        evidence.collate([evidence.examples()[0].raw], "row 0", ["train[0]"], [("a",)])
+    with pytest.raises(UserCodeError) as made:
+        evidence.collate([dict(PLAIN)], "made", ["train[0], changed"], [("a",)])
+    assert (own.value.made, made.value.made) == (False, True)
+
+    def check_of(raised: UserCodeError) -> Check:
+        def run(_: Evidence) -> Iterator[Any]:
+            raise raised
+            yield
+
+        return Check(("C05",), (), run)
+
+    assert next(kind for kind, _ in run_check(check_of(own.value), evidence)) == "finding"
+    assert [kind for kind, _ in run_check(check_of(made.value), evidence)] == ["not_run"]
+
+
+PLAIN = {"messages": [{"role": "user", "content": "Find it."}, {"role": "assistant", "content": "a"}]}
+
+
+def _refuses_made_rows(examples: list[Any]) -> Any:
+    raise ValueError("a form that it does not know")
 
 
 def test_a_doubtful_cause_explains_nothing_certain() -> None:
