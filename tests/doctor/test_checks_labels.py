@@ -139,7 +139,7 @@ def by_first_place(processor: Any) -> Callable[[list[dict[str, Any]]], Any]:
         (shifted, ["L11"]),
         (picture_tokens, ["L03"]),
         (padding, ["L03"]),
-        (late, ["L04"]),
+        (late, ["L04", "L05"]),
         (early, ["L04"]),
         (cut_at(75), ["T09"]),
     ],

@@ -13,7 +13,7 @@ A check is a small function from `Evidence` to what it found, marked with the id
 
 `needs` names fields of the `Subject`, `"rows|splits"` either: where one is absent the check is told as not run. `found` fills
 title, severity, stage, fix and reference from the catalogue; each may be overridden (`severity=2`, `certainty=.6` where it is
-inferred and not seen). `looked` says with figures what was looked at: an id of the check that has no finding goes to the clean bill.
+inferred and not seen). `looked` says with figures what was looked at: an id without a finding is on the clean bill.
 `skipped("L12", "TRL's configuration")` says that one id of several could not be settled, and what it needs. What the check lets
 through: `NotAvailable` -> not run; `UserCodeError` -> a finding at the user's own line (by `examine`). Anything else that
 is raised is a bug of the check: told as not run, with its text.

@@ -153,8 +153,10 @@ def _collator_copes(evidence: Evidence) -> bool:
     for batch in batches.values():
         for ids, answers, pictures in zip(batch.ids, batch.answers, batch.pictures, strict=False):
             text = evidence.tokenizer.decode(ids, skip_special_tokens=False)
-            if not all(answer.strip() in text for answer in answers) or (
-                pictures and image is not None and image not in ids
+            if (
+                not all(answer.strip() in text for answer in answers)
+                or ("None" in text and not any("None" in one for one in answers))
+                or (pictures and image is not None and image not in ids)
             ):
                 return False
             if image is not None and pictures and _runs(ids, image) > max(1, pictures) and batch.grids is not None:

@@ -354,7 +354,7 @@ def greedy(evidence: Evidence) -> Outcome:
         if sample:
             yield found(
                 "E13", where="model.generation_config", cause="generate takes what the checkpoint's generation_config says",
-                evidence=f"do_sample={sample}, temperature={getattr(config, 'temperature', 1)}; the settings do not say otherwise",
+                evidence=f"do_sample={sample}, temperature={getattr(config, 'temperature', 1)}; no setting says otherwise",
             )  # fmt: skip
             return
     if sample is True or (sample is None and heat not in (None, 0, 0.0)):

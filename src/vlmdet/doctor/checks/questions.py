@@ -58,10 +58,10 @@ def question_of(messages: Sequence[dict[str, object]], default: str) -> Question
     roles = [(str(one.get("role", one.get("from", ""))), one) for one in messages]
     while roles and roles[-1][0] in ("assistant", "model", "gpt"):
         roles.pop()
-    system = next((text_of(one) for role, one in roles if role == "system"), "")
+    system = next((text_of(one).strip() for role, one in roles if role == "system"), default)  # "" is written as it is
     users = [one for role, one in roles if role in ("user", "human")]
     order = tuple(is_picture(part) for one in users for part in parts_of(one) if is_picture(part) or part.get("text"))
-    return Question(system.strip() or default, "".join(text_of(one) for one in users[-1:]).strip(), order)
+    return Question(system, "".join(text_of(one) for one in users[-1:]).strip(), order)
 
 
 def compare(evidence: Evidence, place: str) -> Iterator[Finding | Checked]:

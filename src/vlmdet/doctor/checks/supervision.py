@@ -325,13 +325,16 @@ def _within_answers(evidence: Evidence, rows: list[Seen], place: str) -> Iterato
     yield from _ends(evidence, rows, place)
     if masked:
         worst = max(masked, key=lambda one: len(one.difference.missing))
-        yield found(
-            "L04" if len(masked) > 0.8 * len(rows) else "L05",
-            where=place,
-            evidence=f"{_many(masked, rows)}: part of the answer carries no loss "
-            f"({len(worst.difference.missing)} tokens here)\n{worst.told()}",
-            cause="the mask begins or ends at another place than the answer",
+        lengths = {len(one.difference.missing) for one in masked}
+        shifted = len(masked) > 0.8 * len(rows)  # by one number of tokens everywhere, or by each row's own
+        first, second = ("L04", "L05") if shifted and len(lengths) == 1 else ("L05", "L04")
+        lines = (
+            f"{_many(masked, rows)}: part of the answer carries no loss ({len(worst.difference.missing)} tokens here)"
         )
+        cause = "the mask begins or ends at another place than the answer"
+        yield found(first, where=place, evidence=f"{lines}\n{worst.told()}", cause=cause)
+        if shifted:
+            yield found(second, where=place, evidence=lines, cause=cause, certainty=0.6, consequence_of=first)
 
 
 def _numbers_alone(one: Seen) -> bool:

@@ -23,6 +23,9 @@ from vlmdet.doctor.live.trainer import Built, _heard
 MOST = 8
 """Calls that are noted for each event; the event then ends."""
 
+STEPS = (1, 2, 10, 50, 100, 500, 1000)
+"""Steps at which an event is tried, until it generates."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -56,12 +59,18 @@ def watch_callbacks(built: Built) -> list[Generation]:
                         "processing_class": getattr(trainer, "processing_class", None),
                         "tokenizer": getattr(trainer, "processing_class", None)}  # fmt: skip
             begun = len(noted)
-            with (
-                _watched(noted, f"{type(callback).__name__}.{event}", begun + MOST),
-                _heard(),
-                contextlib.suppress(UserCodeError, _Enough),
-            ):
-                call("trainer", getattr(callback, event), trainer.args, trainer.state, trainer.control, **keywords)
+            step = trainer.state.global_step
+            for at in dict.fromkeys((step, 0, *STEPS)):  # many generate at some steps only
+                trainer.state.global_step = at
+                with (
+                    _watched(noted, f"{type(callback).__name__}.{event}", begun + MOST),
+                    _heard(),
+                    contextlib.suppress(UserCodeError, _Enough),
+                ):
+                    call("trainer", getattr(callback, event), trainer.args, trainer.state, trainer.control, **keywords)
+                if len(noted) > begun:
+                    break
+            trainer.state.global_step = step
     return noted
 
 
