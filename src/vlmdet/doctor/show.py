@@ -17,6 +17,8 @@ from vlmdet.doctor.findings import Finding, Report
 from vlmdet.utils import html
 
 WEIGHTS = {4: "silent and fatal", 3: "silent and harmful", 2: "loud or partial", 1: "minor"}
+_PAGE_STYLE = "td:first-child { overflow-wrap: normal; } pre { white-space: pre-wrap; }"
+"""Ids stay whole; decoded text wraps."""
 _STYLES = {4: "bold red", 3: "bold yellow", 2: "yellow", 1: "dim"}
 
 
@@ -105,7 +107,7 @@ def write_report(path: Path, report: Report, *, title: str = "Doctor") -> Path:
     if report.not_run:
         rows = [[", ".join(ids), needs] for needs, ids in _by_needs(report)]
         body.append(html.section("Not run", html.table(["ids", "needs"], rows)))
-    return html.write_page(path, title, body)
+    return html.write_page(path, title, body, style=_PAGE_STYLE)
 
 
 def _section(one: Finding, consequences: list[Finding]) -> Markup:

@@ -175,10 +175,10 @@ def page(
     )
 
 
-def write_page(path: Path, title: str, body: Iterable[Markup]) -> Path:
+def write_page(path: Path, title: str, body: Iterable[Markup], *, style: str = "") -> Path:
     """Write a whole document, its folder made where absent; half a surrogate, which UTF-8 cannot write, becomes `?`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(title, body), encoding="utf-8", errors="replace")
+    path.write_text(page(title, body, style=style), encoding="utf-8", errors="replace")
     return path
 
 

@@ -146,7 +146,9 @@ def base_against_tuned(evidence: Evidence) -> Outcome:
     sets = _answers(evidence)
     run = evidence.run()
     base = next((name for name in sets if role_of(name) == "base"), None)
-    others = [name for name in sets if name != base]
+    # a base that was asked in its own words too is another question on purpose; where one says that it is tuned, it is that
+    tuned = [name for name in sets if role_of(name) == "tuned"]
+    others = tuned or [name for name in sets if name != base and "native" not in name]
     pairs = [(base, name) for name in others] if base else list(combinations(sets, 2))
     if not pairs:
         raise NotAvailable("answers of two models on the same pictures")
