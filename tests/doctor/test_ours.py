@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from vlmdet.boxes import Boxes
 from vlmdet.config import find_recipe, load_settings
 from vlmdet.data.readers import open_dataset
 from vlmdet.data.synthetic.packages import write_drawn_set
+from vlmdet.doctor import Finding, Report, ours
 from vlmdet.doctor.ours import examine_before, load_object, our_metric
 from vlmdet.errors import ConfigError
 from vlmdet.models.loader import load_processor
@@ -57,3 +59,25 @@ def test_user_code_that_cannot_be_imported(tmp_path: Path) -> None:
     for text in ("train.py", "no.py:f", f"{tmp_path / 'raises.py'}:f"):
         with pytest.raises(ConfigError, match="--convert"):
             load_object(text, "--convert")
+
+
+@pytest.mark.parametrize(("severity", "certainty", "refused"), [(4, 1.0, True), (4, 0.4, False), (3, 1.0, False)])
+def test_what_is_silent_and_fatal_is_refused_before_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, severity: int, certainty: float, refused: bool
+) -> None:
+    one = Finding("D01", "swapped", severity, "data", "rows", "two\nlines", "cause", "fix", "see", certainty=certainty)
+    monkeypatch.setattr(ours, "examine_before", lambda *_, **__: Report((one,), (), (), 0.1))
+    told: list[str] = []
+
+    def check(force: bool) -> Report:
+        parts: Any = (None, None, None)
+        return ours.check_before(*parts, model_type="qwen2_vl", folder=tmp_path, force=force, say=told.append)
+
+    if refused:
+        with pytest.raises(ConfigError, match=r"silent and fatal: D01 swapped.*--force"):
+            check(force=False)
+    else:
+        check(force=False)
+    assert check(force=True).findings == (one,)
+    assert f"doctor: D01 swapped (severity {severity}): two lines" in told
+    assert json.loads((tmp_path / "doctor.json").read_text())["findings"][0]["id"] == "D01"
