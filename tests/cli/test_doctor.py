@@ -80,3 +80,8 @@ def test_logs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = run(capsys, "--run", str(tmp_path))
     assert code == 1
     assert {one["id"] for one in report["findings"]} & {"O10", "M01"}
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing\n", encoding="utf-8")
+    assert main(["doctor", "--run", str(tmp_path)]) == 2

@@ -96,6 +96,9 @@ def _doctor(args: argparse.Namespace) -> None:
 FIELDS = ("convert", "collate", "parse", "metric", "build_trainer")
 """Fields of the subject, in the order of `OWN`."""
 
+RUN_FILES = (".json", ".jsonl", ".safetensors", ".bin", ".log", ".csv", ".yaml")
+"""Endings of what runs leave behind."""
+
 
 def _listed(text: str | None) -> list[str] | None:
     return [one.strip() for one in text.split(",") if one.strip()] if text else None
@@ -107,5 +110,10 @@ def _run_folder(name: str | None) -> str | None:
     path = Path(name)
     if not path.is_dir():
         raise ConfigError(f"--run {name}: no such folder")
+    if not any(one.suffix in RUN_FILES for one in path.rglob("*")):
+        raise ConfigError(
+            f"--run {name}: nothing of a run is in it",
+            "a run has trainer_state.json, checkpoint-N/, predictions (*.jsonl) or saved weights",
+        )
     runs = sorted(one for one in path.iterdir() if one.is_dir() and one.name.isdigit())
     return str(runs[-1] if runs and not (path / "trainer_state.json").exists() else path)
