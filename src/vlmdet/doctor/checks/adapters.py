@@ -2,6 +2,8 @@
 
 When: as part of `checks.model`. Names are matched against the modules of the built trainer's model, else of a small
 model of the same architecture, whose names are those of the real one.
+
+Long, because four rows of the catalogue are told apart by what one set of patterns matches.
 """
 
 from __future__ import annotations

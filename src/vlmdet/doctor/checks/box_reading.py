@@ -3,6 +3,8 @@
 When: the first of stage data. No torch. Three witnesses: which readings are valid at all; which lies on the objects
 (contrast across
 the sides of boxes, in the user's own pictures); and in which order and space the numbers of his targets lie on the true boxes.
+
+Long, because four rows of the catalogue are told apart by one comparison of readings.
 """
 
 from __future__ import annotations

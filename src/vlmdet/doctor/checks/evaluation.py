@@ -2,6 +2,8 @@
 
 When: WHEN WRONG. The metric is called on predictions of known worth (`metric_probe`), the parser on the user's own targets
 (`round_trip`); what a finished run shows is looked at in `run_logs`.
+
+Long, because each way in which a parser can misread is told apart from the others.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Checks of what was saved: adapter, base, merged model and processor, by their files alone.
 
 When: WHEN WRONG; headers and a few tensors are read, no model is built. `serving.py` takes these checks up.
+
+Long, because adapter, merge, shards and processor are compared by the same few files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Checks of the stage template: the chat template, control tokens, padding and length, as the rows come out of them.
 
 T04, T08 and T09 are part of the verdict on labels (`supervision`); T05 and T06 look at files (`saved`).
+
+Long, because templates and tokens are looked at in every row of one stage.
 """
 
 from __future__ import annotations

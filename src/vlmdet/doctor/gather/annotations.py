@@ -4,6 +4,8 @@ When: first; everything else is compared with it. No torch. One row becomes one 
 
     {"image": "a.jpg", "width": 640, "height": 480, "objects": {"bbox": [[10, 20, 30, 40]], "category": ["logo"]}}
     Annotation(picture=PictureFacts(640, 480, "RGB", 1, …), boxes=[[10, 20, 30, 40]], labels=["logo"], stored=(640, 480))
+
+Long, because rows come in as many forms as there are projects.
 """
 
 from __future__ import annotations
