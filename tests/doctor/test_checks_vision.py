@@ -317,6 +317,17 @@ def test_v03(fields: dict[str, Any], who: str) -> None:
     assert who in examined("V03", **fields)["V03"]["cause"]
 
 
+def test_v03_shrunk_and_enlarged_again_to_the_size_it_would_have_had() -> None:
+    processor = make_processor(700 * 700, 700 * 700)  # one number of pixels for every picture
+
+    def small(image: Image.Image) -> Image.Image:
+        return image.resize((image.width // 4, image.height // 4))
+
+    lost = examined("V03", processor=processor, collate=make_collate(processor, before=small))["V03"]
+    assert lost["severity"] == 3
+    assert examined("V03", processor=processor, collate=make_collate(processor)) == {}
+
+
 def test_v03_a_bias_that_relative_boxes_forgive_is_loud_only() -> None:
     collate = make_collate(before=lambda image: image.resize((image.width - 20, image.height - 20)))
     assert examined("V03", collate=collate)["V03"]["severity"] == 2

@@ -128,10 +128,12 @@ def resized_once(evidence: Evidence) -> Outcome:
     bad = []
     for one in rows:
         entered = one.entered or converted_size(one.example)
-        if entered is None or one.planned is None or one.grid == one.planned or set(entered) == set(one.original):
+        if entered is None or one.planned is None or set(entered) == set(one.original):
             continue
         final = (one.grid[2] * patch, one.grid[1] * patch)
-        if final != entered:
+        raw, between, after = (float(np.prod(size)) for size in (one.original, entered, final))
+        there_and_back = between < 0.9 * raw and after > 1.2 * between  # shrunk, then enlarged: the detail is gone
+        if final != entered and (one.grid != one.planned or there_and_back):
             bad.append((one, entered, final, one.planned))
     if not bad:
         yield looked("V03", f"{len(rows)} pictures: resized by the processor alone, or to the size it would choose")
@@ -154,7 +156,7 @@ def resized_once(evidence: Evidence) -> Outcome:
         f"processor; resized once it is {planned[2] * patch} x {planned[1] * patch}. So on {len(bad)} of "
         f"{len(rows)} rows",
         cause=f"{who} resizes a picture that the processor resizes again, under other limits or rounding",
-        severity=3 if _absolute(evidence) or loss(one.grid, planned) > 0.29 else 2,
+        severity=3 if _absolute(evidence) or loss(one.grid, planned) > 0.29 or final[0] > entered[0] * 1.1 else 2,
         certainty=0.9,
     )
 
