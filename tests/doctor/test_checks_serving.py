@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vlmdet.doctor.checks.serving import CHECKS
+from vlmdet.doctor.checks import saved_adapters, serving
 from vlmdet.doctor.evidence import Evidence
 from vlmdet.doctor.examine import run_check
 from vlmdet.doctor.subject import Subject
 
+CHECKS = (*saved_adapters.CHECKS, *serving.CHECKS)
 LAYER = "model.language_model.layers.0.self_attn.q_proj"
 VISION = "model.visual.blocks.0.attn.qkv"
 RNG = np.random.default_rng(0)

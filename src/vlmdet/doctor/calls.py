@@ -6,7 +6,6 @@ When: wherever a function or class of a `Subject` is called; nothing else in the
 from __future__ import annotations
 
 import inspect
-import linecache
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -334,10 +333,3 @@ def number_of(value: Any) -> float:
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         return number_of(value[0])
     raise NotAvailable(f"a metric that returns a number, not {str(value)[:80]}")
-
-
-def source_line(place: str) -> str:
-    """Return the text of `file.py:12…`, empty where it cannot be read."""
-    file, _, rest = place.partition(":")
-    digits = rest.split(",")[0].split(" ")[0]
-    return linecache.getline(file, int(digits)).strip() if digits.isdigit() else ""

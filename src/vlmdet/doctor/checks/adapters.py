@@ -32,7 +32,6 @@ from vlmdet.doctor.checks.targets import (
     area_of,
     dead_alternatives,
     deeper,
-    layer_of,
     matches,
     near,
     plain_name,
@@ -412,8 +411,3 @@ def _globs(pattern: str, name: str) -> bool:
     from fnmatch import fnmatchcase
 
     return fnmatchcase(name, pattern)
-
-
-def adapted_layers(model: Any) -> set[str]:
-    """Return plain names of the layers that carry LoRA."""
-    return {layer_of(name) for name, _ in model.named_parameters() if "lora_" in name}

@@ -11,12 +11,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vlmdet.doctor.calls import NotAvailable
 from vlmdet.doctor.checks import Check, Outcome, check, found, looked, skipped
 from vlmdet.doctor.gather.files import Artefact
-from vlmdet.doctor.gather.weights import adapter_config, compare_merge, find_weight, old_name, pairs_of, smallest
+from vlmdet.doctor.gather.weights import adapter_config, compare_merge, find_weight, old_name, pairs_of
 
 if TYPE_CHECKING:
     from vlmdet.doctor.evidence import Evidence
@@ -46,40 +44,17 @@ def named(evidence: Evidence, *names: str) -> Artefact | None:
 
 
 @check("M10", "M11", needs=("artefacts|run_dir",))
-def adapter_on_its_base(evidence: Evidence) -> Outcome:
-    """Lay an adapter's names and shapes on its base, and look whether it adds anything."""
-    adapters = adapters_of(evidence)
-    if not adapters:
-        raise NotAvailable("a saved adapter (adapter_config.json)")
+def adapter_fits_its_base(evidence: Evidence) -> Outcome:
+    """Lay the names and shapes of an adapter on those of its base's files."""
     base = named(evidence, "base", "base_model", "served_base", "loaded_base", "eval_base")
-    told = []
-    for adapter in adapters:
-        config, pairs = adapter_config(adapter), pairs_of(adapter)
-        where = str(adapter.path)
-        if not adapter.exists or (not pairs and not adapter.tensors):
-            files = ", ".join(sorted(adapter.files)) or "nothing"
-            yield found(
-                "M10", where=where, evidence=f"{where} holds {files}, and no adapter weights",
-                cause="the weights were not saved, or lie elsewhere; loading falls back to the base",
-            )  # fmt: skip
-            continue
-        norms = [float(np.linalg.norm(pair.up.read().astype(np.float64))) for pair in smallest(pairs, 24)]
-        if norms and max(norms) == 0:
-            yield found(
-                "M10", where=where, evidence=f"all of {len(norms)} lora_B read are 0: {pairs[0].module}, …", certainty=0.95,
-                cause="the adapter was never trained, or an untrained one was saved: it adds nothing to its base",
-            )  # fmt: skip
-            yield found(
-                "M15", where=where, evidence=f"all of {len(norms)} lora_B read are 0", consequence_of="M10", certainty=0.9,
-                cause="no step changed the adapter",
-            )  # fmt: skip
-            continue
-        told.append(f"{adapter.name}: {len(pairs)} modules, largest |B| {max(norms, default=0):.3g}")
-        yield from _base_named(evidence, adapter, config, base)
-        if base is not None and base.tensors and pairs:
-            yield from _names_and_shapes(adapter, base, pairs)
+    adapters = [(adapter, pairs) for adapter in adapters_of(evidence) if (pairs := pairs_of(adapter))]
+    if base is None or not base.tensors or not adapters:
+        raise NotAvailable("a saved adapter and the weights of its base")
+    for adapter, pairs in adapters:
+        yield from _names_and_shapes(adapter, base, pairs)
+    told = "; ".join(f"{adapter.name}: {len(pairs)} modules" for adapter, pairs in adapters)
     for identifier in ("M10", "M11"):
-        yield looked(identifier, "; ".join(told))
+        yield looked(identifier, told)
 
 
 def _names_and_shapes(adapter: Artefact, base: Artefact, pairs: list[Any]) -> Outcome:
@@ -105,74 +80,6 @@ def _names_and_shapes(adapter: Artefact, base: Artefact, pairs: list[Any]) -> Ou
             f"{names[0]}; the base has {sample}",
             cause="modules were renamed between the releases that saved and that load: the adapter's keys are ignored",
         )  # fmt: skip
-
-
-def _base_named(evidence: Evidence, adapter: Artefact, config: dict[str, Any], base: Artefact | None) -> Outcome:
-    """Compare the base that an adapter names with the one that it is loaded on."""
-    named_base = str(config.get("base_model_name_or_path") or "")
-    if not named_base:
-        return
-    loaded: list[tuple[str, str]] = []
-    for phase in ("serve", "eval"):
-        value = evidence.options.get("model_name", phase=phase)
-        if value:
-            loaded.append((evidence.options.shown("model_name", phase=phase), str(value)))
-    if not loaded and isinstance(evidence.options.get("model_name"), str):
-        loaded.append((evidence.options.shown("model_name"), str(evidence.options.get("model_name"))))
-    own = base.configs.get("config.json", {}) if base is not None else {}
-    if isinstance(own, dict) and own.get("_name_or_path"):
-        loaded.append((f"{base.path}/config.json" if base else "", str(own["_name_or_path"])))
-    for where, name in loaded:
-        if _model_name(name) != _model_name(named_base) and str(base.path if base else "") not in (named_base, ""):
-            yield found(
-                "M11", where=str(adapter.path), evidence=f"adapter_config.json: base {named_base}\nloaded on: {name} ({where})",
-                cause="the adapter is loaded on another base than it was trained on",
-            )  # fmt: skip
-            return
-        if base is None and _model_name(name) != _model_name(named_base):
-            yield found(
-                "M11", where=str(adapter.path), evidence=f"adapter_config.json: base {named_base}\nloaded on: {name} ({where})",
-                cause="the adapter is loaded on another base than it was trained on",
-            )  # fmt: skip
-            return
-    yield from _fingerprints(adapter, base)
-
-
-def _fingerprints(adapter: Artefact, base: Artefact | None) -> Outcome:
-    """Compare fingerprints of the base: any `…fingerprint…` field that both files know, or hashes of tensors by name."""
-    if base is None:
-        return
-    stored = _marks(adapter)
-    for key, value in stored.items():
-        other = _marks(base).get(key)
-        if isinstance(value, str) and isinstance(other, str) and value != other:
-            yield found(
-                "M11", where=str(adapter.path), evidence=f"{key}: stored with the adapter {value}, of the base {other}",
-                cause="the base's weights are others than those of the training",
-            )  # fmt: skip
-            return
-
-
-def _marks(artefact: Artefact) -> dict[str, Any]:
-    """Return every field of the small JSON files whose name speaks of a fingerprint or hash."""
-    marks: dict[str, Any] = {}
-    for config in artefact.configs.values():
-        if isinstance(config, dict):
-            marks |= {
-                key: value
-                for key, value in config.items()
-                if "fingerprint" in key or key.endswith(("_hash", "_sha256"))
-            }
-    return marks
-
-
-def _model_name(text: str) -> str:
-    """Return the last part of an id or path, in small letters, snapshots of the hub's cache by their model."""
-    parts = [part for part in text.replace("\\", "/").split("/") if part]
-    for part in parts:
-        if part.startswith("models--"):
-            return part.rpartition("--")[2].lower()
-    return parts[-1].lower() if parts else ""
 
 
 @check("S01", "S02", needs=("artefacts",))
@@ -450,4 +357,4 @@ def end_of(artefact: Artefact) -> tuple[set[int], str, dict[str, int]]:
     return ids, source, tokens
 
 
-CHECKS: tuple[Check, ...] = (adapter_on_its_base, merged_is_base_plus_adapter, shards_whole, processor_saved)
+CHECKS: tuple[Check, ...] = (adapter_fits_its_base, merged_is_base_plus_adapter, shards_whole, processor_saved)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlmdet.doctor.calls import NotAvailable
+from vlmdet.doctor.calls import NotAvailable, UserCodeError
 from vlmdet.doctor.checks import Check, Outcome, check, found, looked, saved
 from vlmdet.doctor.gather.weights import VISUAL, pairs_of
 
@@ -84,9 +84,7 @@ def _of_examples(evidence: Evidence, name: str) -> str | None:
     """Return the system message or the question that all converted rows share, None where there is none such."""
     try:
         examples = evidence.examples()
-    except Exception as error:  # whatever the user's converter raises is told by other checks
-        if isinstance(error, TimeoutError):
-            raise
+    except (NotAvailable, UserCodeError):  # what the user's converter raises is told by other checks
         return None
     values = {one.system if name == "system_prompt" else one.prompt for one in examples[:50]}
     value = values.pop() if len(values) == 1 else None

@@ -209,16 +209,9 @@ def with_messages(raw: Mapping[str, Any], messages: Messages) -> Any:
     return _change(raw, lambda _: messages)
 
 
-def with_answer(example: Example, answer: str) -> Any:
-    """Return the raw converted row with another text as its last answer; the row itself is not changed."""
-    return _change(
-        example.raw, lambda messages: _set_last(messages, ("assistant", "model", "gpt"), answer, replace=True)
-    )
-
-
 def with_prompt(example: Example, more: str) -> Any:
     """Return the raw converted row with a sentence added to its last question."""
-    return _change(example.raw, lambda messages: _set_last(messages, ("user", "human"), more, replace=False))
+    return _change(example.raw, lambda messages: _add_to_last(messages, ("user", "human"), more))
 
 
 def with_second_turn(example: Example, question: str, answer: str) -> Any:
@@ -248,7 +241,7 @@ def _change(raw: Any, change: Any) -> Any:
     raise NotAvailable("a converter that returns messages")
 
 
-def _set_last(messages: Messages, roles: tuple[str, ...], text: str, *, replace: bool) -> Messages:
+def _add_to_last(messages: Messages, roles: tuple[str, ...], text: str) -> Messages:
     places = [i for i, one in enumerate(messages) if one.get("role", one.get("from")) in roles]
     if not places:
         raise NotAvailable("a conversation with a question and an answer")
@@ -256,7 +249,7 @@ def _set_last(messages: Messages, roles: tuple[str, ...], text: str, *, replace:
     key = "content" if "content" in message else "value"
     content = message[key]
     if isinstance(content, str):
-        message[key] = text if replace else f"{content} {text}"
+        message[key] = f"{content} {text}"
     else:
         parts = list(content)
         texts = [i for i, one in enumerate(parts) if isinstance(one, Mapping) and one.get("text") is not None]
@@ -264,8 +257,6 @@ def _set_last(messages: Messages, roles: tuple[str, ...], text: str, *, replace:
             parts.append({"type": "text", "text": text})
         else:
             old = parts[texts[-1]]
-            parts[texts[-1]] = {**old, "text": text if replace else f"{old['text']} {text}"}
-            if replace:
-                parts = [one for i, one in enumerate(parts) if i not in texts[:-1]]
+            parts[texts[-1]] = {**old, "text": f"{old['text']} {text}"}
         message[key] = parts
     return [*messages[: places[-1]], message, *messages[places[-1] + 1 :]]

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from vlmdet.doctor.calls import NotAvailable, UserCodeError, call, fill
@@ -214,13 +213,3 @@ def _go(trainer: Any, model: nn.Module, steps: Steps, names: Mapping[int, str]) 
                 steps.gradients[name] = norm if held is None or not math.isfinite(norm) else max(norm, held)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def find_parameter_holder(model: nn.Module) -> nn.Module:
-    """Return the model beneath wrappers of PEFT."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def as_floats(values: torch.Tensor) -> list[float]:
-    """Return a tensor's values as floats."""
-    return [float(one) for one in values.detach().float().flatten()]
